@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+# The local Kubernetes. Variables: NODES ROUTING IPFAMILY CNI KUBE_PROXY KUBE_BIN (see e2e/cluster/).
+
+# Standard library only: cluster-down works where the virtual environment is gone or was never made.
+CLUSTER = PYTHONPATH=$(CURDIR) $(firstword $(wildcard $(PYTHON)) python3) -m e2e.cluster
+
+##@ Cluster
+
+.PHONY: cluster
+cluster: setup ## a real Kubernetes with Weir: NODES=2 ROUTING=vxlan IPFAMILY=dual CNI=weir KUBE_PROXY=none
+	@$(CLUSTER) up
+
+.PHONY: cluster-down
+cluster-down: ## remove every trace of the cluster, whatever state it is in
+	@$(CLUSTER) down
+
+.PHONY: cluster-check-clean
+cluster-check-clean: ## list what is left of a cluster on this machine; fails if anything is
+	@$(CLUSTER) check-clean
+
+.PHONY: cluster-status
+cluster-status: ## PIDs of the nodes and of their components
+	@$(CLUSTER) status
+
+.PHONY: deploy
+deploy: setup ## build a changed Weir and roll it out on the cluster that is up
+	@$(CLUSTER) deploy

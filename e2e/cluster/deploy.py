@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put Weir on the cluster that is up: build its image, import it into every node, run helm."""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from e2e.cluster import namespaces
+from e2e.cluster.binaries import binary_folder
+from e2e.cluster.errors import ClusterError
+from e2e.cluster.nodeconfig import CONTAINERD_SOCKET
+from e2e.cluster.paths import KUBECONFIG, REPOSITORY
+from e2e.cluster.progress import Progress
+from e2e.cluster.settings import Settings
+
+IMAGE_ARCHIVE = REPOSITORY / "build/image/weir.oci.tar"
+CHART = REPOSITORY / "charts/weir"
+_IMPORT_S = 30.0
+_HELM_TIMEOUT = "3m"
+
+
+def deploy(settings: Settings, progress: Progress) -> None:
+    """Build, import, `helm upgrade --install`."""
+    _command("the image", ["make", "--no-print-directory", "image"])
+    progress.step("Weir's image built")
+    load_image(settings, IMAGE_ARCHIVE)
+    progress.step("Weir's image in all nodes")
+    values: dict[str, str] = {}
+    flags = [f"--set-string={name}={value}" for name, value in values.items()]
+    helm = [str(binary_folder() / "helm"), "upgrade", "--install", "weir", str(CHART)]
+    helm += ["--namespace=kube-system", f"--kubeconfig={KUBECONFIG}", *flags]
+    _command("helm", [*helm, "--wait", f"--timeout={_HELM_TIMEOUT}"])
+    progress.step("Weir installed by helm")
+
+
+def load_image(settings: Settings, archive: Path) -> None:
+    """Import an image tar (docker or OCI) into the containerd of every node."""
+    if not archive.exists():
+        raise ClusterError(f"no image archive {archive}", "run `make image`")
+    for name in settings.node_names:
+        _wait_for_containerd(name)
+        # Standard input: the file need not be visible inside the node.
+        with archive.open("rb") as content:
+            result = namespaces.run(
+                name,
+                ["ctr", f"--address={CONTAINERD_SOCKET}", "-n=k8s.io", "images", "import", "-"],
+                stdin=content,
+                capture_output=True,
+            )
+        if result.returncode:
+            raise ClusterError(f"{name} did not take {archive}: {result.stderr.strip()}")
+
+
+def _wait_for_containerd(name: str) -> None:
+    command = ["ctr", f"--address={CONTAINERD_SOCKET}", "version"]
+    deadline = time.monotonic() + _IMPORT_S
+    while namespaces.run(name, command, capture_output=True).returncode:
+        if time.monotonic() > deadline:
+            raise ClusterError(f"containerd of {name} does not answer", "see `make cluster-status`")
+        time.sleep(0.1)
+
+
+def _command(what: str, command: list[str]) -> None:
+    result = subprocess.run(command, cwd=REPOSITORY, env=os.environ, check=False)
+    if result.returncode:
+        raise ClusterError(f"{what}: `{' '.join(command[:4])}` failed ({result.returncode})")

@@ -1,0 +1,3 @@
+module runc-no-limits
+
+go 1.26
