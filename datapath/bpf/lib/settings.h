@@ -1,0 +1,30 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* What is known when a program is loaded. The loader writes these into .rodata before the
+ * verifier runs, so that one object serves every node and branches not taken are pruned. */
+#pragma once
+
+#include "weir/abi.h"
+
+/* This node's address on the wire for each family: masqueraded packets and ICMP errors get
+ * it as their source. All zero: the node does not have the family. */
+const volatile struct ip_addr node_ipv4 = {};
+const volatile struct ip_addr node_ipv6 = {};
+
+/* Interface index of the overlay device, and the largest IP packet it carries in bytes. */
+const volatile __u32 overlay_ifindex = 0;
+const volatile __u32 overlay_mtu = 0;
+
+/* Non-zero: pod traffic between nodes is encapsulated, and nothing else from a pod of
+ * another node is believed. Zero: native routing. */
+const volatile __u8 tunnel = 0;
+
+/* Non-zero: what a pod sends out of the cluster gets this node's address as its source. */
+const volatile __u8 masquerade = 0;
+
+/* First and last source port (or ICMP identifier) used for masquerading, host order. Outside
+ * the node's own ip_local_port_range, else both could use the same port. */
+const volatile __u16 snat_port_first = 61000;
+const volatile __u16 snat_port_last = 65535;
+
+/* Non-zero: the kernel has bpf_set_retval() (5.18), so a refused connect() can say so. */
+const volatile __u8 has_set_retval = 0;
