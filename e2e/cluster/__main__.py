@@ -3,14 +3,24 @@
 
 import argparse
 import fcntl
+import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from e2e.cluster import binaries, components, control_plane, deploy, down, host, namespaces, node
+from e2e.cluster import (
+    binaries,
+    components,
+    control_plane,
+    deploy,
+    down,
+    host,
+    namespaces,
+    node,
+    up,
+)
 from e2e.cluster import store as image_store
-from e2e.cluster import up
 from e2e.cluster.errors import ClusterError
 from e2e.cluster.paths import KUBECONFIG, SETTINGS, STATE
 from e2e.cluster.progress import Progress
@@ -163,11 +173,17 @@ def _start(arguments: argparse.Namespace) -> int:
 
 
 def _init_control_plane(arguments: argparse.Namespace) -> int:
+    _log()
     control_plane.run(load_settings(SETTINGS), arguments.binaries, arguments.listener)
 
 
 def _init_node(arguments: argparse.Namespace) -> int:
+    _log()
     node.run(arguments.name, load_settings(SETTINGS), arguments.binaries)
+
+
+def _log() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
 
 
 def _fill_store(arguments: argparse.Namespace) -> int:

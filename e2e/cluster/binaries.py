@@ -197,8 +197,8 @@ def _write_module(go: str, module: GoModule, work: Path) -> None:
     work.mkdir(parents=True)
     lines = ["module tools", "", "go 1.26.0", "", f"require {module.require} {module.version}"]
     if module.staging:
-        for path in _staging_modules(go, module):
-            lines.append(f"replace {path} => {path} {_STAGING}")
+        parts = _staging_modules(go, module)
+        lines += [f"replace {path} => {path} {_STAGING}" for path in parts]
     (work / "go.mod").write_text("\n".join(lines) + "\n")
     # A file that imports every program makes `go mod tidy` complete go.sum for all of them.
     imports = "\n".join(f'import _ "{path}"' for path in module.imports())

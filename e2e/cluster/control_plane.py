@@ -91,7 +91,7 @@ def _api_flags(settings: Settings) -> tuple[str, ...]:
     return (
         f"--etcd-servers={_ETCD_URL}",
         f"--advertise-address={gateway}",
-        f"--bind-address={'::' if ':' in gateway else '0.0.0.0'}",  # noqa: S104 - own namespace
+        f"--bind-address={'::' if ':' in gateway else '0.0.0.0'}",
         f"--secure-port={API_PORT}",
         f"--service-cluster-ip-range={settings.service_cidrs()}",
         "--authorization-mode=Node,RBAC",
@@ -129,6 +129,8 @@ def _controller_flags(settings: Settings) -> tuple[str, ...]:
         f"--service-account-private-key-file={PKI}/sa.key",
         f"--cluster-signing-cert-file={PKI}/ca.crt",
         f"--cluster-signing-key-file={PKI}/ca.key",
+        # Its default is in the machine's /usr.
+        f"--flex-volume-plugin-dir={Place(CONTROL_PLANE).run}/volume-plugins",
     )
 
 

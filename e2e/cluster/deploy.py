@@ -45,8 +45,7 @@ def load_image(settings: Settings, archive: Path) -> None:
             result = namespaces.run(
                 name,
                 ["ctr", f"--address={CONTAINERD_SOCKET}", "-n=k8s.io", "images", "import", "-"],
-                stdin=content,
-                capture_output=True,
+                content,
             )
         if result.returncode:
             raise ClusterError(f"{name} did not take {archive}: {result.stderr.strip()}")
@@ -55,7 +54,7 @@ def load_image(settings: Settings, archive: Path) -> None:
 def _wait_for_containerd(name: str) -> None:
     command = ["ctr", f"--address={CONTAINERD_SOCKET}", "version"]
     deadline = time.monotonic() + _IMPORT_S
-    while namespaces.run(name, command, capture_output=True).returncode:
+    while namespaces.run(name, command).returncode:
         if time.monotonic() > deadline:
             raise ClusterError(f"containerd of {name} does not answer", "see `make cluster-status`")
         time.sleep(0.1)

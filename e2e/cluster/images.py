@@ -160,7 +160,7 @@ def _images(binary_folder: Path, work: Path) -> list[Image]:
             (f"{_E2E}/{issue}:1.4",),
             (Layer(files={issue: binary_folder / issue}),),
             (f"/{issue}",),
-        ),  # fmt: skip
+        ),
     ]
 
 

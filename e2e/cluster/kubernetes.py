@@ -40,7 +40,8 @@ def nodes() -> list[Node]:
 def _parse_node(item: dict[str, dict[str, object]]) -> Node:
     conditions = item["status"].get("conditions", [])
     cidrs = item["spec"].get("podCIDRs", [])
-    assert isinstance(conditions, list) and isinstance(cidrs, list)  # noqa: S101 - API's schema
+    assert isinstance(conditions, list)
+    assert isinstance(cidrs, list)
     ready = any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
     return Node(str(item["metadata"]["name"]), tuple(map(str, cidrs)), ready)
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 from e2e.cluster import host
 from e2e.cluster.binaries import binary_folder
@@ -42,7 +43,7 @@ def spawn(place: Place, arguments: list[str], inherit: tuple[int, ...] = ()) -> 
             stderr=log,
             start_new_session=True,
             pass_fds=inherit,
-            preexec_fn=lambda: join(cgroup),
+            preexec_fn=lambda: join(cgroup),  # noqa: PLW1509 - no threads at this point
         )
     deadline = time.monotonic() + _START_TIMEOUT_S
     pid: int | None = None
@@ -75,15 +76,17 @@ def entered(name: str, command: list[str], only_network: bool = False) -> list[s
 
 
 def run(
-    name: str, command: list[str], only_network: bool = False, **options: object
+    name: str, command: list[str], stdin: IO[bytes] | None = None
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a command in a node's namespaces and in its cgroup."""
-    return subprocess.run(  # type: ignore[call-overload,no-any-return]
-        entered(name, command, only_network),
+    """Run a command in a node's namespaces and in its cgroup; what it printed."""
+    return subprocess.run(
+        entered(name, command),
         preexec_fn=lambda: join(host.cluster_cgroup() / name / "system"),
-        env=environment(name, only_network),
+        env=environment(name),
+        stdin=stdin or subprocess.DEVNULL,
+        capture_output=True,
         text=True,
-        **options,
+        check=False,
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from e2e.cluster import nodeconfig
+from e2e.cluster.namespaces import NODE_PATH
 from e2e.cluster.paths import PKI, Place
 from e2e.cluster.settings import KubeProxy, Settings
 from e2e.cluster.shell import sysctl, tool
@@ -61,7 +62,7 @@ def _fill_root(root: Path, name: str, settings: Settings) -> None:
         (root / folder).chmod(0o1777)
     for link in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
         if Path("/", link).is_symlink():  # a merged /usr
-            (root / link).symlink_to(os.readlink(Path("/", link)))
+            (root / link).symlink_to(Path("/", link).readlink())
     (root / "var/run").symlink_to("/run")
     etc = root / "etc"
     (etc / "resolv.conf").unlink(missing_ok=True)
@@ -95,7 +96,7 @@ def _not_for_a_node(folder: str, entries: list[str]) -> set[str]:
 def _enter_root(place: Place, binaries: Path) -> None:
     root = place.root
     tool("mount", "--bind", str(root), str(root))
-    tool("mount", "--rbind", "/usr", str(root / "usr"))
+    tool("mount", "--bind", "-o", "ro", "/usr", str(root / "usr"))
     tool("mount", "--rbind", "/dev", str(root / "dev"))
     tool("mount", "--bind", "-o", "ro", str(binaries), str(root / "opt/kube/bin"))
     tool("mount", "-t", "proc", "proc", str(root / "proc"))
@@ -154,7 +155,7 @@ def _set_up_network(name: str, settings: Settings) -> None:
 
 
 def _components(name: str, settings: Settings) -> list[Component]:
-    environment = {"PATH": f"{nodeconfig.BINARIES}:{os.environ['PATH']}", "HOME": "/root"}
+    environment = {"PATH": NODE_PATH, "HOME": "/root"}
     addresses = ",".join(settings.node_addresses(name))
     containerd = (f"{nodeconfig.BINARIES}/containerd", "--config", nodeconfig.CONTAINERD)
     kubelet = (

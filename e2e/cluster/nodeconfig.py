@@ -74,6 +74,7 @@ def _kubelet(settings: Settings) -> str:
         "clusterDomain": CLUSTER_DOMAIN,
         "clusterDNS": [network.dns for network in settings.networks],
         "resolvConf": "/etc/resolv.conf",
+        "volumePluginDir": "/var/lib/kubelet/volume-plugins",  # its default is in the machine's /usr
         "maxPods": 110,
         "serializeImagePulls": False,
         # The images cannot be pulled again: never collect them.

@@ -41,8 +41,7 @@ def create(settings: Settings, forwarder_port: int) -> None:
         components = ["kube-controller-manager", "kube-scheduler"]
         if settings.kube_proxy is not KubeProxy.NONE:
             components.append("kube-proxy")
-        for name in components:
-            jobs.append(pool.submit(_client, name, f"/CN=system:{name}", underlay))
+        jobs += [pool.submit(_client, name, f"/CN=system:{name}", underlay) for name in components]
         for node in settings.node_names:
             subject = f"/O=system:nodes/CN=system:node:{node}"
             addresses = list(settings.node_addresses(node))

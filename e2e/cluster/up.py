@@ -11,7 +11,7 @@ from pathlib import Path
 from e2e.cluster import addons, binaries, deploy, down, host, images, kubernetes, pki, store
 from e2e.cluster.control_plane import BRIDGE
 from e2e.cluster.errors import ClusterError
-from e2e.cluster.namespaces import entered, spawn
+from e2e.cluster.namespaces import spawn
 from e2e.cluster.node import UPLINK
 from e2e.cluster.paths import COMPLETE, KUBECONFIG, LOGS, REPOSITORY, SETTINGS, STATE, Place
 from e2e.cluster.progress import Progress, wait_for
@@ -99,9 +99,9 @@ def _start(settings: Settings, folder: Path, filled: Path, progress: Progress) -
         LOGS / CONTROL_PLANE / "init.log",
     )
     for name in settings.node_names:
-        node = host.init_process(name)
+        pid = host.init_process(name)
         link = ["ip", "link", "add", name, "type", "veth", "peer", "name", UPLINK]
-        tool("nsenter", *enter, *link, "netns", str(node))
+        tool("nsenter", *enter, *link, "netns", str(pid))
         tool("nsenter", *enter, "ip", "link", "set", name, "master", BRIDGE, "up")
     progress.step("namespaces and underlay")
     wait_for("the API server is ready", kubernetes.api_is_ready, _API_S, LOGS / CONTROL_PLANE)
