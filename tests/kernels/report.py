@@ -88,6 +88,11 @@ def read(release: str, out: Path, wanted: Sequence[str], budget: Mapping[str, in
     return outcome
 
 
+def count(load: Load) -> str:
+    """Kernels before 5.16 do not tell it."""
+    return str(load.instructions) if load.instructions else "loaded"
+
+
 def table(outcomes: Sequence[Outcome], budget: Mapping[str, int]) -> str:
     """Verified instructions: a line a program and settings, a column a kernel."""
     rows = sorted({(load.program, load.settings) for o in outcomes for load in o.loads})
@@ -103,7 +108,7 @@ def table(outcomes: Sequence[Outcome], budget: Mapping[str, int]) -> str:
         cells = []
         for outcome in outcomes:
             load = found.get((outcome.release, program, settings))
-            text = "-" if load is None else "refused" if load.error else str(load.instructions)
+            text = "-" if load is None else "refused" if load.error else count(load)
             cells.append(f"{text:>{width}}")
         limit = budget.get(program, "none")
         lines.append(f"{program:<20} {settings:<4} {'  '.join(cells)}  {limit:>8}")

@@ -166,8 +166,8 @@ def run_once(
     """
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    script = f"export PATH={SYSTEM_PATH}\ncd {shlex.quote(str(cwd))} && exec {shlex.join(command)}\n"
-    (out / "command").write_text(script)
+    enter = f"cd {shlex.quote(str(cwd))} && exec {shlex.join(command)}"
+    (out / "command").write_text(f"export PATH={SYSTEM_PATH}\n{enter}\n")
     with tempfile.TemporaryDirectory(prefix="weir-kernel-") as name:
         folder = Path(name)
         needed = [cwd, Path(command[0]), kernel.folder]

@@ -1,0 +1,325 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * Load for the benchmarks: one small static program, so that it runs in any pod.
+ *
+ *   load server CPU PORT,... NETNS...
+ *   load client CPU MODE SECONDS TURN_MS NETNS,ADDRESS,PORT...
+ *
+ * NETNS is a path, or - for the one it was started in. CPU -1: any. The client gives its targets
+ * turns, so that what else the machine does hits all alike, and prints for each turn
+ * "TARGET COUNT NANOSECONDS". COUNT is connections (crr: connect, a byte each way, close),
+ * round trips (rr, urr over UDP) or bytes (stream). Whatever fails ends the program: a rate with
+ * errors in it is no rate.
+ */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/tcp.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { MAX_FDS = 4096, MAX_TARGETS = 8, CHUNK = 128 * 1024, WAIT_SECONDS = 5 };
+
+/* The first byte of a TCP connection says what the server does with it. */
+enum { ONCE = 'c', ECHO = 'e', SINK = 's' };
+
+enum kind { LISTENER = 1, DATAGRAM, FRESH, ECHOING, SINKING };
+
+static char buffer[CHUNK];
+
+static void die(const char *what)
+{
+	fprintf(stderr, "load: %s: %s\n", what, strerror(errno));
+	exit(1);
+}
+
+static int check(int result, const char *what)
+{
+	if (result < 0)
+		die(what);
+	return result;
+}
+
+static void enter(const char *netns)
+{
+	if (!strcmp(netns, "-"))
+		return;
+	int fd = check(open(netns, O_RDONLY | O_CLOEXEC), netns);
+	check(setns(fd, CLONE_NEWNET), netns);
+	close(fd);
+}
+
+static void pin(int cpu)
+{
+	if (cpu < 0)
+		return;
+	cpu_set_t set;
+	CPU_ZERO(&set);
+	CPU_SET(cpu, &set);
+	check(sched_setaffinity(0, sizeof(set), &set), "pin");
+}
+
+/* ---- server ---------------------------------------------------------------- */
+
+static unsigned char kinds[MAX_FDS];
+
+static void watch(int poll, int fd, enum kind kind)
+{
+	struct epoll_event event = { .events = EPOLLIN, .data.fd = fd };
+
+	if (fd >= MAX_FDS) {
+		errno = EMFILE;
+		die("too many connections");
+	}
+	kinds[fd] = kind;
+	check(epoll_ctl(poll, EPOLL_CTL_ADD, fd, &event), "epoll_ctl");
+}
+
+static void open_port(int poll, int port, int type, enum kind kind)
+{
+	struct sockaddr_in6 any = { .sin6_family = AF_INET6, .sin6_port = htons(port) };
+	int one = 1, zero = 0;
+	int fd = check(socket(AF_INET6, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), "socket");
+
+	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
+	setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &zero, sizeof(zero));
+	check(bind(fd, (struct sockaddr *)&any, sizeof(any)), "bind");
+	if (type == SOCK_STREAM)
+		check(listen(fd, 4096), "listen");
+	watch(poll, fd, kind);
+}
+
+/* Returns 0 when the connection is over. */
+static int serve(int poll, int fd, int watched)
+{
+	ssize_t got = read(fd, buffer, sizeof(buffer));
+
+	if (got < 0 && errno == EAGAIN) {
+		if (!watched)
+			watch(poll, fd, FRESH);
+		return 1;
+	}
+	if (got <= 0)
+		return 0;
+	if (kinds[fd] == FRESH) {
+		if (buffer[0] == ONCE) {
+			ssize_t sent = write(fd, buffer, 1);
+			return (void)sent, 0;
+		}
+		enum kind kind = buffer[0] == ECHO ? ECHOING : SINKING;
+		if (!watched)
+			watch(poll, fd, kind);
+		kinds[fd] = kind;
+	}
+	if (kinds[fd] == ECHOING && write(fd, buffer, got) != got)
+		return 0;
+	return 1;
+}
+
+static void accept_all(int poll, int listener)
+{
+	for (;;) {
+		int fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+		int one = 1;
+
+		if (fd < 0 && (errno == EAGAIN || errno == ECONNABORTED))
+			return;
+		check(fd, "accept");
+		if (fd >= MAX_FDS) {
+			errno = EMFILE;
+			die("too many connections");
+		}
+		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+		kinds[fd] = FRESH;
+		/* The request usually is there already: no epoll round for it. */
+		if (!serve(poll, fd, 0))
+			close(fd);
+	}
+}
+
+static void answer_datagrams(int fd)
+{
+	struct sockaddr_storage from;
+	socklen_t size = sizeof(from);
+	ssize_t got;
+
+	while ((got = recvfrom(fd, buffer, sizeof(buffer), 0, (void *)&from, &size)) >= 0) {
+		sendto(fd, buffer, got, 0, (void *)&from, size);
+		size = sizeof(from);
+	}
+}
+
+static void server(char **arguments, int count)
+{
+	int poll = check(epoll_create1(EPOLL_CLOEXEC), "epoll_create1");
+	struct epoll_event events[64];
+
+	for (int i = 1; i < count; i++) {
+		char *ports = strdup(arguments[0]), *rest = NULL;
+
+		enter(arguments[i]);
+		for (char *port = strtok_r(ports, ",", &rest); port; port = strtok_r(NULL, ",", &rest)) {
+			open_port(poll, atoi(port), SOCK_STREAM, LISTENER);
+			open_port(poll, atoi(port), SOCK_DGRAM, DATAGRAM);
+		}
+		free(ports);
+	}
+	puts("ready");
+	fflush(stdout);
+	for (;;) {
+		int n = epoll_wait(poll, events, 64, -1);
+
+		for (int i = 0; i < n; i++) {
+			int fd = events[i].data.fd;
+
+			if (kinds[fd] == LISTENER)
+				accept_all(poll, fd);
+			else if (kinds[fd] == DATAGRAM)
+				answer_datagrams(fd);
+			else if (!serve(poll, fd, 1))
+				close(fd);
+		}
+	}
+}
+
+/* ---- client ---------------------------------------------------------------- */
+
+struct target {
+	const char *netns;
+	struct sockaddr_storage address;
+	socklen_t size;
+	int fd;				/* rr, urr, stream: kept over all turns */
+};
+
+static uint64_t now(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1000000000ull + t.tv_nsec;
+}
+
+static struct target parse(char *text)
+{
+	struct target target = { .netns = strtok(text, ","), .fd = -1 };
+	char *address = strtok(NULL, ","), *port = strtok(NULL, ",");
+	struct sockaddr_in *v4 = (void *)&target.address;
+	struct sockaddr_in6 *v6 = (void *)&target.address;
+
+	errno = EINVAL;
+	if (!port)
+		die("target");
+	if (inet_pton(AF_INET, address, &v4->sin_addr) == 1) {
+		v4->sin_family = AF_INET;
+		v4->sin_port = htons(atoi(port));
+		target.size = sizeof(*v4);
+	} else if (inet_pton(AF_INET6, address, &v6->sin6_addr) == 1) {
+		v6->sin6_family = AF_INET6;
+		v6->sin6_port = htons(atoi(port));
+		target.size = sizeof(*v6);
+	} else {
+		die(address);
+	}
+	return target;
+}
+
+static int dial(const struct target *target, int type)
+{
+	struct timeval patience = { .tv_sec = WAIT_SECONDS };
+	int one = 1;
+	int fd = check(socket(target->address.ss_family, type | SOCK_CLOEXEC, 0), "socket");
+
+	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
+	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof(patience));
+	if (type == SOCK_STREAM)
+		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	check(connect(fd, (void *)&target->address, target->size), "connect");
+	return fd;
+}
+
+static void round_trip(int fd, char byte)
+{
+	char answer;
+
+	if (write(fd, &byte, 1) != 1)
+		die("write");
+	if (read(fd, &answer, 1) != 1)
+		die("read");
+}
+
+static uint64_t once(const char *mode, struct target *target)
+{
+	if (!strcmp(mode, "crr")) {
+		int fd = dial(target, SOCK_STREAM);
+
+		round_trip(fd, ONCE);
+		close(fd);
+		return 1;
+	}
+	if (target->fd < 0)
+		target->fd = dial(target, !strcmp(mode, "urr") ? SOCK_DGRAM : SOCK_STREAM);
+	if (!strcmp(mode, "stream")) {
+		ssize_t sent = write(target->fd, buffer, sizeof(buffer));
+
+		if (sent <= 0)
+			die("write");
+		return sent;
+	}
+	round_trip(target->fd, ECHO);
+	return 1;
+}
+
+static void client(char **arguments, int count)
+{
+	const char *mode = arguments[0];
+	uint64_t end = now() + (uint64_t)(atof(arguments[1]) * 1e9);
+	uint64_t turn = atoll(arguments[2]) * 1000000ull;
+	struct target targets[MAX_TARGETS];
+	int n = count - 3;
+
+	errno = E2BIG;
+	if (n < 1 || n > MAX_TARGETS)
+		die("targets");
+	for (int i = 0; i < n; i++)
+		targets[i] = parse(arguments[3 + i]);
+	memset(buffer, SINK, sizeof(buffer));
+	while (now() < end) {
+		for (int i = 0; i < n; i++) {
+			uint64_t done = 0, start, stop;
+
+			enter(targets[i].netns);
+			start = now();
+			do {
+				done += once(mode, &targets[i]);
+				stop = now();
+			} while (stop - start < turn);
+			printf("%d %llu %llu\n", i, (unsigned long long)done,
+			       (unsigned long long)(stop - start));
+		}
+	}
+}
+
+int main(int argc, char **argv)
+{
+	signal(SIGPIPE, SIG_IGN);
+	if (argc >= 5 && !strcmp(argv[1], "server")) {
+		pin(atoi(argv[2]));
+		server(argv + 3, argc - 3);
+	} else if (argc >= 7 && !strcmp(argv[1], "client")) {
+		pin(atoi(argv[2]));
+		client(argv + 3, argc - 3);
+	} else {
+		fprintf(stderr, "load: see the head of load.c\n");
+		return 2;
+	}
+	return 0;
+}
