@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Helm chart: what each switch changes in the rendered manifests, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "charts" / "weir"
+Manifest = dict[str, Any]
+
+
+def find_helm() -> str:
+    """From PATH, or where `make cluster` keeps the binaries that it built."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "weir" / "kube"
+    folders = [os.environ.get("KUBE_BIN", ""), *map(str, sorted(cache.glob("*")))]
+    found = shutil.which("helm") or shutil.which("helm", path=os.pathsep.join(folders))
+    if found is None:
+        pytest.skip("no helm: it comes with the binaries that `make cluster` builds")
+    return found
+
+
+def template(*settings: str, version: str = "1.36.1") -> subprocess.CompletedProcess[str]:
+    command = [find_helm(), "template", "weir", str(CHART), "--namespace=weir-system"]
+    command += [f"--kube-version={version}", *(f"--set-json={setting}" for setting in settings)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def render(*settings: str, version: str = "1.36.1") -> dict[tuple[str, str], Manifest]:
+    """The manifests by kind and name."""
+    done = template(*settings, version=version)
+    assert done.returncode == 0, done.stderr
+    documents = [d for d in yaml.safe_load_all(done.stdout) if d]
+    found = {(d["kind"], d["metadata"]["name"]): d for d in documents}
+    assert len(found) == len(documents), "two manifests of one kind and name"
+    return found
+
+
+def agent_of(manifests: dict[tuple[str, str], Manifest]) -> Manifest:
+    template: Manifest = manifests["DaemonSet", "weir-agent"]["spec"]["template"]
+    return template
+
+
+def operator_of(manifests: dict[tuple[str, str], Manifest]) -> Manifest:
+    template: Manifest = manifests["Deployment", "weir-operator"]["spec"]["template"]
+    return template
+
+
+def container(template: Manifest) -> Manifest:
+    (only,) = template["spec"]["containers"]
+    assert isinstance(only, dict)
+    return only
+
+
+def config(manifests: dict[tuple[str, str], Manifest], name: str) -> Manifest:
+    parsed = yaml.safe_load(manifests["ConfigMap", name]["data"]["config.yaml"])
+    assert isinstance(parsed, dict)
+    return parsed
+
+
+def test_lint() -> None:
+    done = subprocess.run(
+        [find_helm(), "lint", "--strict", str(CHART)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_readme_is_current() -> None:
+    command = [sys.executable, str(ROOT / "hack" / "chart_readme.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_value_has_a_schema() -> None:
+    """additionalProperties is false wherever the schema lists properties, and all are listed."""
+
+    def walk(values: Manifest, schema: Manifest, path: str) -> None:
+        if "properties" not in schema:
+            return
+        assert schema["additionalProperties"] is False, path
+        assert set(values) <= set(schema["properties"]), path
+        for name, value in values.items():
+            if isinstance(value, dict):
+                walk(value, schema["properties"][name], f"{path}.{name}")
+
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    walk(values, json.loads((CHART / "values.schema.json").read_text()), "values")
+
+
+def test_nothing_is_privileged() -> None:
+    manifests = render()
+    for pod in (agent_of(manifests), operator_of(manifests)):
+        security = container(pod)["securityContext"]
+        assert not security.get("privileged", False)
+        assert security["allowPrivilegeEscalation"] is False
+        assert security["readOnlyRootFilesystem"] is True
+        assert security["capabilities"]["drop"] == ["ALL"]
+        assert not pod["spec"].get("hostPID", False)
+    agent = container(agent_of(manifests))["securityContext"]["capabilities"]
+    assert agent["add"] == ["BPF", "PERFMON", "NET_ADMIN", "SYS_ADMIN"]
+    assert "add" not in container(operator_of(manifests))["securityContext"]["capabilities"]
+
+
+def test_no_mount_propagates_to_the_host() -> None:
+    """Bidirectional propagation would need a privileged container."""
+    mounts = container(agent_of(render()))["volumeMounts"]
+    assert {m.get("mountPropagation", "None") for m in mounts} == {"None", "HostToContainer"}
+
+
+def test_each_volume_is_mounted_and_each_mount_has_a_volume() -> None:
+    for settings in ([], ['apiServer="https://192.0.2.1:6443"'], ["uninstall=true"]):
+        manifests = render(*settings)
+        for pod in (agent_of(manifests), operator_of(manifests)):
+            volumes = [v["name"] for v in pod["spec"]["volumes"]]
+            mounts = [m["name"] for m in container(pod)["volumeMounts"]]
+            assert sorted(volumes) == sorted(mounts)
+
+
+def test_rbac_names_no_wildcard_and_reads_no_secret_but_its_own() -> None:
+    for (kind, name), manifest in render().items():
+        if kind not in {"Role", "ClusterRole"}:
+            continue
+        for rule in manifest["rules"]:
+            assert "*" not in {*rule["apiGroups"], *rule["resources"], *rule["verbs"]}, name
+            if "secrets" in rule["resources"] and rule["verbs"] != ["create"]:
+                assert rule["resourceNames"] == ["weir-operator-tls"]
+
+
+def test_image_tag_defaults_to_the_chart_s_app_version() -> None:
+    app = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+    assert container(agent_of(render()))["image"] == f"localhost/weir:{app}"
+    changed = render('image={"repository":"example.org/weir","tag":"x","pullPolicy":"Never"}')
+    for pod in (agent_of(changed), operator_of(changed)):
+        assert container(pod)["image"] == "example.org/weir:x"
+        assert container(pod)["imagePullPolicy"] == "Never"
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "expected"),
+    [
+        pytest.param('routing="native"', "routing", "native", id="routing"),
+        pytest.param("mtu=1400", "mtu", 1400, id="mtu"),
+        pytest.param('uplinks=["eth1"]', "uplinks", ["eth1"], id="uplinks"),
+        pytest.param('masquerade={"enabled":false}', "masquerade", False, id="masquerade"),
+        pytest.param(
+            'masquerade={"excludeCIDRs":["10.0.0.0/8","fd00::/8"]}',
+            "masqueradeExcludeCIDRs",
+            ["10.0.0.0/8", "fd00::/8"],
+            id="exclude",
+        ),
+        pytest.param('apiServer="https://[fd::1]:1"', "apiServer", "https://[fd::1]:1", id="api"),
+        pytest.param("agent.metricsPort=9999", "metricsPort", 9999, id="metrics"),
+        pytest.param("agent.resyncSeconds=7", "resyncSeconds", 7, id="resync"),
+        pytest.param('logLevel="debug"', "logLevel", "debug", id="log"),
+        pytest.param('cni={"confName":"00-w.conflist"}', "cniConfName", "00-w.conflist", id="conf"),
+    ],
+)  # fmt: skip
+def test_agent_setting_reaches_its_config_and_rolls_it(
+    setting: str, key: str, expected: object
+) -> None:
+    before, after = render(), render(setting)
+    assert config(before, "weir-agent")[key] != expected
+    assert config(after, "weir-agent")[key] == expected
+    name = "checksum/config"
+    sums = [agent_of(m)["metadata"]["annotations"][name] for m in (before, after)]
+    assert sums[0] != sums[1]
+
+
+def test_map_sizes_reach_the_agent_as_whole_numbers() -> None:
+    sizes = config(render("maps.conntrack=4194304"), "weir-agent")["maps"]
+    assert sizes["conntrack"] == 4194304
+    assert all(isinstance(size, int) for size in sizes.values())
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "expected"),
+    [
+        pytest.param("operator.port=9899", "port", 9899, id="port"),
+        pytest.param("operator.metricsPort=9898", "metricsPort", 9898, id="metrics"),
+        pytest.param('apiServer="https://h:6443"', "apiServer", "https://h:6443", id="api"),
+        pytest.param('logLevel="error"', "logLevel", "error", id="log"),
+    ],
+)
+def test_operator_setting_reaches_its_config_and_rolls_it(
+    setting: str, key: str, expected: object
+) -> None:
+    before, after = render(), render(setting)
+    assert config(after, "weir-operator")[key] == expected
+    name = "checksum/config"
+    sums = [operator_of(m)["metadata"]["annotations"][name] for m in (before, after)]
+    assert sums[0] != sums[1]
+
+
+def test_operator_port_is_one_everywhere() -> None:
+    manifests = render("operator.port=9899")
+    ports = {p["name"]: p["containerPort"] for p in container(operator_of(manifests))["ports"]}
+    (service,) = manifests["Service", "weir-operator"]["spec"]["ports"]
+    assert (ports["grpc"], service["port"], service["name"]) == (9899, 9899, "grpc")
+
+
+def test_operators_start_before_nodes_have_a_network() -> None:
+    manifests = render()
+    tolerated = {t["key"] for t in operator_of(manifests)["spec"]["tolerations"]}
+    assert {"node.kubernetes.io/not-ready", "node.weir.dev/agent-not-ready"} <= tolerated
+    assert operator_of(manifests)["spec"]["hostNetwork"] is True
+    strategy = manifests["Deployment", "weir-operator"]["spec"]["strategy"]["rollingUpdate"]
+    assert strategy["maxSurge"] == 0, "a second one would wait for the first one's port forever"
+
+
+def test_agents_tolerate_everything() -> None:
+    assert agent_of(render())["spec"]["tolerations"] == [{"operator": "Exists"}]
+
+
+def test_api_server_value_replaces_the_kubeconfig_mount() -> None:
+    for settings, mounted in ([], True), (['apiServer="https://192.0.2.1:6443"'], False):
+        manifests = render(*settings)
+        for pod in (agent_of(manifests), operator_of(manifests)):
+            names = {v["name"] for v in pod["spec"]["volumes"]}
+            assert ("kubeconfig" in names) is mounted
+
+
+def test_host_folders_of_the_runtime() -> None:
+    spec = agent_of(render('cni={"binDir":"/a","confDir":"/b"}'))["spec"]
+    paths = {v["name"]: v["hostPath"]["path"] for v in spec["volumes"] if "hostPath" in v}
+    assert (paths["cni-bin"], paths["cni-conf"]) == ("/a", "/b")
+
+
+def test_pull_secrets_and_extra_capabilities() -> None:
+    manifests = render('imagePullSecrets=["r"]', 'agent.extraCapabilities=["SYS_RESOURCE"]')
+    for pod in (agent_of(manifests), operator_of(manifests)):
+        assert pod["spec"]["imagePullSecrets"] == [{"name": "r"}]
+    capabilities = container(agent_of(manifests))["securityContext"]["capabilities"]
+    assert capabilities["add"][-1] == "SYS_RESOURCE"
+
+
+def test_a_single_operator_has_no_disruption_budget() -> None:
+    assert ("PodDisruptionBudget", "weir-operator") in render()
+    assert ("PodDisruptionBudget", "weir-operator") not in render("operator.replicas=1")
+
+
+def test_uninstall_stops_operators_and_cleans_nodes() -> None:
+    manifests = render("uninstall=true")
+    assert manifests["Deployment", "weir-operator"]["spec"]["replicas"] == 0
+    cleanup = container(agent_of(manifests))
+    assert cleanup["args"][:2] == ["-m", "weir.agent.uninstall"]
+    assert "exec" in cleanup["readinessProbe"]
+    assert "livenessProbe" not in cleanup
+
+
+def test_apparmor_is_set_in_the_way_that_the_version_knows() -> None:
+    old, new = agent_of(render(version="1.29.0")), agent_of(render())
+    annotation = "container.apparmor.security.beta.kubernetes.io/agent"
+    assert old["metadata"]["annotations"][annotation] == "unconfined"
+    assert "appArmorProfile" not in old["spec"]["securityContext"]
+    assert annotation not in new["metadata"]["annotations"]
+    assert new["spec"]["securityContext"]["appArmorProfile"] == {"type": "Unconfined"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        pytest.param(["mtuu=1400"], "mtuu", id="typo"),
+        pytest.param(['routing="geneve"'], "routing", id="routing"),
+        pytest.param(["mtu=1000"], "set mtu to 0", id="mtu"),
+        pytest.param(['apiServer="10.0.0.1"'], "apiServer", id="api-server"),
+        pytest.param(["operator.metricsPort=9880"], "to another port", id="ports"),
+        pytest.param(['kubelet.kubeconfig=""'], "set apiServer or kubelet.kubeconfig", id="no-api"),
+        pytest.param(
+            ['masquerade={"enabled":false,"excludeCIDRs":["10.0.0.0/8"]}'],
+            "set masquerade.enabled",
+            id="masquerade",
+        ),
+        pytest.param(["operator.replicas=0"], "replicas", id="replicas"),
+        pytest.param(['cni.confName="05-weir.conf"'], "confName", id="conf-name"),
+    ],
+)
+def test_bad_values_are_refused_by_name(settings: list[str], message: str) -> None:
+    done = template(*settings)
+    assert done.returncode != 0
+    assert message in done.stderr
