@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The datapath of a node as its owner sees it: tables, attachments, events.
+
+`Datapath.open` is level-triggered: the state is in the pins, so it serves first start,
+restart, upgrade and changed settings alike. All calls block; run them in threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weir.api.address import Addr
+from weir.datapath import features as probing
+from weir.datapath import loader, pins, records
+from weir.datapath.btf import Kind
+from weir.datapath.codec import codec_for
+from weir.datapath.errors import LayoutMismatch
+from weir.datapath.events import EventReader
+from weir.datapath.features import Features
+from weir.datapath.libbpf import MapType
+from weir.datapath.links import Attachment, Links, detach_all
+from weir.datapath.migrate import MIGRATIONS, Migration
+from weir.datapath.settings import Settings, Sizes
+from weir.datapath.table import PerCpuTable, Table
+
+logger = logging.getLogger(__name__)
+
+POD = (Attachment("to_pod", egress=True), Attachment("from_pod", egress=False))
+UPLINK = (Attachment("to_uplink", egress=True), Attachment("from_uplink", egress=False))
+OVERLAY = (Attachment("to_overlay", egress=True), Attachment("from_overlay", egress=False))
+ATTACHMENTS = {a.program: a for a in (*POD, *UPLINK, *OVERLAY)}
+
+# Map → the records of its keys and values. The ring buffer has none.
+RECORDS: dict[str, tuple[type[Any], type[Any]]] = {
+    "services": (records.ServiceKey, records.Service),
+    "backends": (records.BackendKey, records.Backend),
+    "endpoints": (bytes, records.Endpoint),
+    "addresses": (bytes, records.Address),
+    "prefixes": (records.PrefixKey, records.Prefix),
+    "routes": (records.PrefixKey, records.Route),
+    "policy": (records.PolicyKey, records.PolicyVerdict),
+    "ct": (records.CtKey, records.CtEntry),
+    "snat": (records.SnatKey, records.SnatEntry),
+    "sock_nat": (records.SockNatKey, records.SockNat),
+    "runtime": (int, records.Runtime),
+    "metrics": (records.MetricKey, records.Metric),
+}
+EVENTS = "events"
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """The maps of abi.h. `metrics` is summed over CPUs and read-only."""
+
+    services: Table[records.ServiceKey, records.Service]
+    backends: Table[records.BackendKey, records.Backend]
+    endpoints: Table[Addr, records.Endpoint]
+    addresses: Table[Addr, records.Address]
+    prefixes: Table[records.PrefixKey, records.Prefix]
+    routes: Table[records.PrefixKey, records.Route]
+    policy: Table[records.PolicyKey, records.PolicyVerdict]
+    ct: Table[records.CtKey, records.CtEntry]
+    snat: Table[records.SnatKey, records.SnatEntry]
+    sock_nat: Table[records.SockNatKey, records.SockNat]
+    runtime: Table[int, records.Runtime]
+    metrics: PerCpuTable[records.MetricKey, records.Metric]
+
+
+def make_tables(loaded: loader.Loaded) -> Tables:
+    """Typed tables over the loaded maps; LayoutMismatch if records and BTF differ."""
+    made: dict[str, Any] = {}
+    for name, (key, value) in RECORDS.items():
+        if name not in loaded.maps:
+            raise LayoutMismatch("open", name, 0, "no object has this map")
+        btf, definition = loaded.definitions[name]
+        kind = PerCpuTable if MapType(definition.shape.type).per_cpu else Table
+        made[name] = kind(
+            name,
+            loaded.maps[name],
+            codec_for(btf, definition.key_type, key),
+            codec_for(btf, definition.value_type, value),
+        )
+    return Tables(**made)
+
+
+class Datapath:
+    """An opened installation. Closing it leaves everything in place and running."""
+
+    def __init__(
+        self, loaded: loader.Loaded, links: Links, tables: Tables, kernel: Features
+    ) -> None:
+        self._loaded = loaded
+        self._links = links
+        self.tables = tables
+        self.features = kernel
+
+    @staticmethod
+    def open(
+        root: Path,
+        cgroup: Path,
+        settings: Settings,
+        sizes: Sizes | None = None,
+        *,
+        objects: Iterable[Path] | None = None,
+        features: Features | None = None,
+        migrations: Iterable[Migration] = MIGRATIONS,
+    ) -> Datapath:
+        """Everything loaded, pinned below `root`, and existing attachments moved to it."""
+        kernel = features or probing.probe()
+        tree = pins.Pins(root)
+        tree.create()
+        pins.require_cgroup2(cgroup)
+        paths = loader.OBJECTS.glob("*.bpf.o") if objects is None else objects
+        possible = settings.has_set_retval and kernel.set_retval
+        chosen = dataclasses.replace(settings, has_set_retval=possible)
+        opened = loader.open_objects(paths, chosen)
+        try:
+            loaded = loader.load(tree, opened, sizes or Sizes(), migrations)
+        finally:
+            for entry in opened:
+                entry.handle.close()
+        try:
+            tables = make_tables(loaded)
+            links = Links(tree, loaded.programs, loaded.program_ids, kernel.tcx)
+            links.refresh({n: a for n, a in ATTACHMENTS.items() if n in loaded.programs})
+            sockets = {n: t for n, t in loaded.attach_types.items() if n not in ATTACHMENTS}
+            links.attach_cgroup(cgroup, sockets)
+            loader.finish(tree, loaded)
+        except BaseException:
+            loaded.close()
+            raise
+        return Datapath(loaded, links, tables, kernel)
+
+    def close(self) -> None:
+        self._loaded.close()
+
+    @property
+    def programs(self) -> dict[str, int]:
+        """Descriptors of the loaded programs by name."""
+        return dict(self._loaded.programs)
+
+    # ---- attachments ------------------------------------------------------------
+
+    def attach_pod(self, ifname: str) -> None:
+        self._links.attach(ifname, POD)
+
+    def detach_pod(self, ifname: str) -> None:
+        self._links.detach(ifname, POD)
+
+    def attach_uplink(self, ifname: str) -> None:
+        self._links.attach(ifname, UPLINK)
+
+    def detach_uplink(self, ifname: str) -> None:
+        self._links.detach(ifname, UPLINK)
+
+    def attach_overlay(self, ifname: str) -> None:
+        self._links.attach(ifname, OVERLAY)
+
+    def detach_overlay(self, ifname: str) -> None:
+        self._links.detach(ifname, OVERLAY)
+
+    def attached(self) -> set[str]:
+        """Names of the existing interfaces that have our programs."""
+        return self._links.attached()
+
+    # ---- runtime state and events --------------------------------------------------
+
+    def runtime(self) -> records.Runtime:
+        return self.tables.runtime.get(0) or records.Runtime(0, 0)
+
+    def set_generation(self, generation: int) -> None:
+        """Established flows of other generations are judged anew at their next packet."""
+        changed = records.Runtime(generation & 0xFFFF_FFFF, self.runtime().event_mask)
+        self.tables.runtime.update({0: changed})
+
+    def bump(self) -> int:
+        """Raises the policy generation; returns the new one."""
+        generation = (self.runtime().policy_generation + 1) & 0xFFFF_FFFF
+        self.set_generation(generation)
+        return generation
+
+    def set_event_mask(self, mask: int) -> None:
+        """Bits (1 << EventKind) of the events to report; 0 for none."""
+        changed = records.Runtime(self.runtime().policy_generation, mask)
+        self.tables.runtime.update({0: changed})
+
+    def events(self) -> EventReader:
+        for btf in self._loaded.btfs:
+            number = btf.named(Kind.STRUCT, "event")
+            if number is not None:
+                codec = codec_for(btf, number, records.Event)
+                return EventReader(self._loaded.maps[EVENTS], codec)
+        raise LayoutMismatch("open", EVENTS, 0, "no object has struct event in its BTF")
+
+    @staticmethod
+    def remove(root: Path) -> None:
+        """Detaches and unpins everything: for good, at uninstallation."""
+        tree = pins.Pins(root)
+        if not root.is_dir():
+            return
+        pins.require_bpffs(root)
+        detach_all(tree, ATTACHMENTS)
+        pins.remove_tree(root)

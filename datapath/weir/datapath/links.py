@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attaches programs to interfaces and cgroups, and swaps them with no moment without one.
+
+Every attachment is a pin below links/ (see pins). With TCX and cgroups that is the link
+itself; for clsact, whose filters live on the device, it is the program, as a note that we
+attached. An interface is one of the current network namespace.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from weir.datapath import libbpf, pins
+from weir.datapath.errors import DatapathError, DeviceGone
+from weir.datapath.libbpf import AttachType, LinkType
+
+logger = logging.getLogger(__name__)
+
+# Our place among clsact filters: replacing at the same place is atomic, and 0xC1 of 1 marks it.
+TC_HANDLE = 1
+TC_PRIORITY = 0xC1
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A program on one side of an interface."""
+
+    program: str
+    egress: bool
+
+
+def ifindex_of(ifname: str) -> int:
+    try:
+        return socket.if_nametoindex(ifname)
+    except OSError as error:
+        raise DeviceGone("attach to", ifname, errno.ENODEV) from error
+
+
+class Links:
+    """The attachments of one installation. `programs` are descriptors by name."""
+
+    def __init__(
+        self, tree: pins.Pins, programs: Mapping[str, int], ids: Mapping[str, int], tcx: bool
+    ) -> None:
+        self._tree = tree
+        self._programs = programs
+        self._ids = ids
+        self._tcx = tcx
+
+    # ---- interfaces ----------------------------------------------------------
+
+    def attach(self, ifname: str, attachments: tuple[Attachment, ...]) -> None:
+        """Attaches, or makes sure that it is so. DeviceGone if there is no such interface."""
+        ifindex = ifindex_of(ifname)
+        folder = self._tree.interface(ifname)
+        pins.make_folder(folder)
+        for wanted in attachments:
+            if self._tcx:
+                self._attach_tcx(folder / wanted.program, ifindex, wanted)
+            else:
+                self._attach_clsact(folder / wanted.program, ifindex, wanted)
+
+    def _attach_tcx(self, path: Path, ifindex: int, wanted: Attachment) -> None:
+        side = AttachType.TCX_EGRESS if wanted.egress else AttachType.TCX_INGRESS
+        name = f"{wanted.program} of {path.parent.name}"
+        fd = libbpf.get_pinned(path)
+        if fd is not None:
+            try:
+                if libbpf.is_link(fd):
+                    info = libbpf.link_info(fd, name)
+                    if (info.ifindex, info.attach_type) == (ifindex, side):
+                        self._update(fd, wanted.program, name)
+                        return
+            finally:
+                os.close(fd)
+            # Of a device that is gone, or had this name before.
+            path.unlink()
+        fd = libbpf.create_link(self._programs[wanted.program], ifindex, side, name)
+        try:
+            libbpf.pin(fd, path)
+        finally:
+            os.close(fd)
+
+    def _update(self, link: int, program: str, name: str) -> None:
+        if libbpf.link_info(link, name).program_id != self._ids[program]:
+            libbpf.update_link(link, self._programs[program], name)
+            logger.info("swapped %s", name)
+
+    def _attach_clsact(self, path: Path, ifindex: int, wanted: Attachment) -> None:
+        program = self._programs[wanted.program]
+        current = libbpf.tc_query(ifindex, wanted.egress, TC_HANDLE, TC_PRIORITY)
+        if current != self._ids[wanted.program]:
+            libbpf.tc_attach(ifindex, wanted.egress, program, TC_HANDLE, TC_PRIORITY)
+        if self._noted(path) != self._ids[wanted.program]:
+            pins.pin_over(program, path)
+
+    @staticmethod
+    def _noted(path: Path) -> int | None:
+        fd = libbpf.get_pinned(path)
+        if fd is None:
+            return None
+        try:
+            return None if libbpf.is_link(fd) else libbpf.program_info(fd, path.name).id
+        finally:
+            os.close(fd)
+
+    def detach(self, ifname: str, attachments: tuple[Attachment, ...]) -> None:
+        """Detaches; what is not attached, or has no device any more, is fine."""
+        folder = self._tree.interface(ifname)
+        for wanted in attachments:
+            path = folder / wanted.program
+            fd = libbpf.get_pinned(path)
+            if fd is None:
+                continue
+            try:
+                self._detach(fd, ifname, wanted)
+            finally:
+                os.close(fd)
+            path.unlink(missing_ok=True)
+        pins.remove_tree(folder)
+
+    @staticmethod
+    def _detach(fd: int, ifname: str, wanted: Attachment) -> None:
+        if libbpf.is_link(fd):
+            libbpf.detach_link(fd, f"{wanted.program} of {ifname}")
+            return
+        try:
+            ifindex = ifindex_of(ifname)
+        except DeviceGone:
+            return
+        libbpf.tc_detach(ifindex, wanted.egress, TC_HANDLE, TC_PRIORITY)
+
+    # ---- after a start -----------------------------------------------------------
+
+    def refresh(self, attachments: Mapping[str, Attachment]) -> None:
+        """Moves all attachments found to the current programs; prunes those of devices that
+        are gone and of programs that are no more."""
+        for ifname, folder in self._tree.interfaces().items():
+            for program, path in pins.files(folder).items():
+                wanted = attachments.get(program)
+                if wanted is None or not self._refresh_one(ifname, path, wanted):
+                    path.unlink(missing_ok=True)
+                    logger.info("pruned %s of %s", program, ifname)
+            if not pins.files(folder):
+                pins.remove_tree(folder)
+
+    def _refresh_one(self, ifname: str, path: Path, wanted: Attachment) -> bool:
+        name = f"{wanted.program} of {ifname}"
+        with pins.opened(path) as fd:
+            if libbpf.is_link(fd):
+                try:
+                    self._update(fd, wanted.program, name)
+                except DeviceGone:
+                    return False
+                return libbpf.link_info(fd, name).ifindex != 0
+        try:
+            ifindex = ifindex_of(ifname)
+        except DeviceGone:
+            return False
+        # A filter that is gone was on another device of that name.
+        if libbpf.tc_query(ifindex, wanted.egress, TC_HANDLE, TC_PRIORITY) is None:
+            return False
+        self._attach_clsact(path, ifindex, wanted)
+        return True
+
+    def attached(self) -> set[str]:
+        """The interfaces that we are attached to and that exist."""
+        return {
+            ifname
+            for ifname, folder in self._tree.interfaces().items()
+            if any(self._alive(ifname, path) for path in pins.files(folder).values())
+        }
+
+    @staticmethod
+    def _alive(ifname: str, path: Path) -> bool:
+        try:
+            ifindex = ifindex_of(ifname)
+        except DeviceGone:
+            return False
+        with pins.opened(path) as fd:
+            return not libbpf.is_link(fd) or libbpf.link_info(fd, ifname).ifindex == ifindex
+
+    # ---- cgroup ------------------------------------------------------------------
+
+    def attach_cgroup(self, cgroup: Path, programs: Mapping[str, int]) -> None:
+        """Attaches the programs (name → attach type) to a cgroup; detaches what is no more."""
+        pins.require_cgroup2(cgroup)
+        folder = self._tree.links / pins.CGROUP
+        pins.make_folder(folder)
+        identity = cgroup.stat().st_ino
+        for path in set(pins.files(folder).values()) - {folder / name for name in programs}:
+            path.unlink()
+        target = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for program, attach_type in programs.items():
+                self._attach_cgroup(folder / program, target, identity, attach_type)
+        finally:
+            os.close(target)
+
+    def _attach_cgroup(self, path: Path, target: int, identity: int, attach_type: int) -> None:
+        name = f"{path.name} of the cgroup"
+        fd = libbpf.get_pinned(path)
+        if fd is not None:
+            try:
+                info = libbpf.link_info(fd, name)
+                same = info.type == LinkType.CGROUP and info.cgroup_id == identity
+                if same and info.attach_type == attach_type:
+                    self._update(fd, path.name, name)
+                    return
+            except DeviceGone:
+                logger.info("%s is gone", name)
+            finally:
+                os.close(fd)
+        fd = libbpf.create_link(self._programs[path.name], target, attach_type, name)
+        try:
+            # The old link goes with its pin, only once the new one works.
+            pins.pin_over(fd, path)
+        finally:
+            os.close(fd)
+
+
+def detach_all(tree: pins.Pins, attachments: Mapping[str, Attachment]) -> None:
+    """Detaches everything that is noted below links/."""
+    links = Links(tree, {}, {}, tcx=True)
+    for ifname in tree.interfaces():
+        links.detach(ifname, tuple(attachments.values()))
+    for path in pins.files(tree.links / pins.CGROUP).values():
+        with pins.opened(path) as fd:
+            try:
+                libbpf.detach_link(fd, path.name)
+            except DatapathError as error:
+                logger.warning("%s", error)
+    pins.remove_tree(tree.links)

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of all rings. Rings that need root fail without it: a skip would hide them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from support import namespaces
+from support.datapaths import Datapaths
+from weir.datapath.datapath import Datapath
+from weir.datapath.settings import Settings
+
+
+@pytest.fixture(scope="session")
+def private_mounts() -> None:
+    """Mounts made from now on belong to this process and end with it."""
+    if os.geteuid():
+        pytest.fail("this ring needs root")
+    namespaces.private_mounts()
+
+
+@pytest.fixture(scope="session")
+def datapaths(private_mounts: None) -> Iterator[Datapaths]:
+    with ExitStack() as stack:
+        yield Datapaths(stack)
+
+
+@pytest.fixture
+def settings() -> Settings:
+    """The constants that `datapath` is loaded with: override it where a test needs others."""
+    return Settings()
+
+
+@pytest.fixture
+def datapath(datapaths: Datapaths, settings: Settings) -> Datapath:
+    """The real objects with `settings`, all tables empty; `.programs` has descriptors."""
+    return datapaths.get(settings)
