@@ -25,3 +25,7 @@ cluster-status: ## PIDs of the nodes and of their components
 .PHONY: deploy
 deploy: setup ## build a changed Weir and roll it out on the cluster that is up
 	@$(CLUSTER) deploy
+
+.PHONY: conformance
+conformance: ## Kubernetes' own suite on the cluster that is up or KUBECONFIG: FOCUS= SKIP= PROCS=4
+	@PYTHONPATH=$(CURDIR) $(firstword $(wildcard $(PYTHON)) python3) -m e2e.conformance

@@ -15,6 +15,7 @@ from e2e.cluster.progress import Progress
 from e2e.cluster.settings import Settings
 
 IMAGE_ARCHIVE = REPOSITORY / "build/image/weir.oci.tar"
+IMAGE_REFERENCE = REPOSITORY / "build/image/reference"  # its tag names its content
 CHART = REPOSITORY / "charts/weir"
 _IMPORT_S = 30.0
 _HELM_TIMEOUT = "3m"
@@ -26,7 +27,13 @@ def deploy(settings: Settings, progress: Progress) -> None:
     progress.step("Weir's image built")
     load_image(settings, IMAGE_ARCHIVE)
     progress.step("Weir's image in all nodes")
-    values: dict[str, str] = {}
+    repository, _, tag = IMAGE_REFERENCE.read_text().strip().rpartition(":")
+    # The tag changes with the image, so a changed Weir is an upgrade that rolls out.
+    values = {
+        "image.repository": repository,
+        "image.tag": tag,
+        "routing": settings.routing.value,
+    }
     flags = [f"--set-string={name}={value}" for name, value in values.items()]
     helm = [str(binary_folder() / "helm"), "upgrade", "--install", "weir", str(CHART)]
     helm += ["--namespace=kube-system", f"--kubeconfig={KUBECONFIG}", *flags]
@@ -38,26 +45,31 @@ def load_image(settings: Settings, archive: Path) -> None:
     """Import an image tar (docker or OCI) into the containerd of every node."""
     if not archive.exists():
         raise ClusterError(f"no image archive {archive}", "run `make image`")
-    for name in settings.node_names:
+    command = ["ctr", f"--address={CONTAINERD_SOCKET}", "-n=k8s.io", "images", "import", "-"]
+    imports: list[tuple[str, subprocess.Popen[str]]] = []
+    for name in settings.node_names:  # all at once: unpacking waits for the disk
         _wait_for_containerd(name)
         # Standard input: the file need not be visible inside the node.
         with archive.open("rb") as content:
-            result = namespaces.run(
-                name,
-                ["ctr", f"--address={CONTAINERD_SOCKET}", "-n=k8s.io", "images", "import", "-"],
-                content,
-            )
-        if result.returncode:
-            raise ClusterError(f"{name} did not take {archive}: {result.stderr.strip()}")
+            imports.append((name, namespaces.start(name, command, content)))
+    for name, process in imports:
+        _, message = process.communicate()
+        if process.returncode:
+            raise ClusterError(f"{name} did not take {archive}: {message.strip()}")
 
 
 def _wait_for_containerd(name: str) -> None:
-    command = ["ctr", f"--address={CONTAINERD_SOCKET}", "version"]
     deadline = time.monotonic() + _IMPORT_S
-    while namespaces.run(name, command).returncode:
+    while not _succeeds(name, ["ctr", f"--address={CONTAINERD_SOCKET}", "version"]):
         if time.monotonic() > deadline:
             raise ClusterError(f"containerd of {name} does not answer", "see `make cluster-status`")
         time.sleep(0.1)
+
+
+def _succeeds(name: str, command: list[str]) -> bool:
+    process = namespaces.start(name, command)
+    process.communicate()
+    return process.returncode == 0
 
 
 def _command(what: str, command: list[str]) -> None:

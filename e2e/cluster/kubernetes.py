@@ -37,6 +37,14 @@ def nodes() -> list[Node]:
     return [_parse_node(item) for item in json.loads(kubectl("get", "nodes", "-o=json"))["items"]]
 
 
+def is_available(namespace: str, deployment: str) -> bool:
+    """Whether all replicas of a Deployment are available."""
+    status = json.loads(kubectl("get", "deployment", deployment, f"-n={namespace}", "-o=json"))[
+        "status"
+    ]
+    return bool(status.get("availableReplicas", 0) == status.get("replicas"))
+
+
 def _parse_node(item: dict[str, dict[str, object]]) -> Node:
     conditions = item["status"].get("conditions", [])
     cidrs = item["spec"].get("podCIDRs", [])

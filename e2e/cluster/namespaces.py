@@ -75,18 +75,16 @@ def entered(name: str, command: list[str], only_network: bool = False) -> list[s
     return ["nsenter", f"--target={pid}", "--all", "--wd=/", "--", *command]
 
 
-def run(
-    name: str, command: list[str], stdin: IO[bytes] | None = None
-) -> "subprocess.CompletedProcess[str]":
-    """Run a command in a node's namespaces and in its cgroup; what it printed."""
-    return subprocess.run(
+def start(name: str, command: list[str], stdin: IO[bytes] | None = None) -> "subprocess.Popen[str]":
+    """Start a command in a node's namespaces and in its cgroup."""
+    return subprocess.Popen(
         entered(name, command),
-        preexec_fn=lambda: join(host.cluster_cgroup() / name / "system"),
+        preexec_fn=lambda: join(host.cluster_cgroup() / name / "system"),  # noqa: PLW1509 - as above
         env=environment(name),
         stdin=stdin or subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
 
 

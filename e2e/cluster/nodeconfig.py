@@ -74,7 +74,8 @@ def _kubelet(settings: Settings) -> str:
         "clusterDomain": CLUSTER_DOMAIN,
         "clusterDNS": [network.dns for network in settings.networks],
         "resolvConf": "/etc/resolv.conf",
-        "volumePluginDir": "/var/lib/kubelet/volume-plugins",  # its default is in the machine's /usr
+        # Its default is in /usr, which is the machine's.
+        "volumePluginDir": "/var/lib/kubelet/volume-plugins",
         "maxPods": 110,
         "serializeImagePulls": False,
         # The images cannot be pulled again: never collect them.

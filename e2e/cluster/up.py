@@ -15,7 +15,7 @@ from e2e.cluster.namespaces import spawn
 from e2e.cluster.node import UPLINK
 from e2e.cluster.paths import COMPLETE, KUBECONFIG, LOGS, REPOSITORY, SETTINGS, STATE, Place
 from e2e.cluster.progress import Progress, wait_for
-from e2e.cluster.settings import CONTROL_PLANE, Cni, Settings, load_settings
+from e2e.cluster.settings import CONTROL_PLANE, Cni, KubeProxy, Settings, load_settings
 from e2e.cluster.shell import tool
 
 _PREFERRED_PORT = 16443
@@ -152,8 +152,15 @@ def _wait_until_usable(settings: Settings, progress: Progress) -> None:
         f"{LOGS}/node*/*.log",
     )
     progress.step("nodes Ready")
-    timeout = f"--timeout={_READY_S:.0f}s"
-    kubernetes.kubectl("rollout", "status", "deployment/coredns", "-n=kube-system", timeout)
+    if settings.cni is not Cni.WEIR and settings.kube_proxy is KubeProxy.NONE:
+        progress.step("CoreDNS stays away: nothing carries the API server's Service")
+        return
+    wait_for(
+        "CoreDNS is available",
+        lambda: kubernetes.is_available("kube-system", "coredns"),
+        _READY_S,
+        "`kubectl -n kube-system describe pods`",
+    )
     progress.step("CoreDNS ready")
 
 

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the suite and report: a line per spec as it ends, `N of M passed`, and results.json."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TextIO
+
+from e2e.cluster import binaries, host, namespaces
+from e2e.cluster.errors import ClusterError
+from e2e.cluster.paths import KUBECONFIG, PKI, REPOSITORY
+from e2e.cluster.settings import CONTROL_PLANE
+from e2e.conformance.report import PASSED, Spec, read_output, read_report
+
+OUTPUT = REPOSITORY / "build" / "conformance"
+_FOCUS = r"\[sig-network\].*\[Conformance\]"
+_SKIP = r"\[Disruptive\]|\[Slow\]|\[Feature|\[FeatureGate"
+_PROCESSES = "4"
+_TIMEOUT = "2h"
+
+
+def main() -> int:
+    """Code 0 if at least one spec ran and all passed."""
+    try:
+        specs = _run()
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    failed = [spec for spec in specs if spec.state != PASSED]
+    for spec in failed:
+        print(f"\n{spec.name}\n  {spec.state}: {spec.message}")
+    passed = len(specs) - len(failed)
+    print(f"log: {OUTPUT}/log.txt")
+    print(f"{passed} of {len(specs)} passed")
+    return 0 if passed == len(specs) > 0 else 1
+
+
+def _run() -> list[Spec]:
+    given = os.environ.get("KUBECONFIG")
+    kubeconfig = Path(given).resolve() if given else KUBECONFIG
+    local = kubeconfig == KUBECONFIG
+    if not kubeconfig.exists():
+        raise ClusterError(f"no kubeconfig {kubeconfig}", "run `make cluster`, or set KUBECONFIG")
+    folder = binaries.binary_folder()
+    binaries.build((*binaries.CONFORMANCE, "kubectl"), folder)
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    report = OUTPUT / "report.json"
+    for old in (report, OUTPUT / "results.json"):
+        old.unlink(missing_ok=True)
+    nodes = _count_nodes(folder / "kubectl", kubeconfig)
+    # The suite talks to node addresses too. For the local cluster that works in the control
+    # plane's network, where the API server has its underlay address.
+    command = _command(folder, PKI / "admin.conf" if local else kubeconfig, nodes)
+    if local:
+        command = namespaces.entered(CONTROL_PLANE, command, only_network=True)
+    specs_seen = 0
+    with (
+        (OUTPUT / "log.txt").open("w") as log,
+        subprocess.Popen(
+            command,
+            cwd=OUTPUT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            preexec_fn=_join_control_plane if local else None,  # noqa: PLW1509 - no threads
+        ) as process,
+    ):
+        assert process.stdout
+        for spec in read_output(_kept(process.stdout, log)):
+            specs_seen += 1
+            print(f"{specs_seen:4}  {spec.line()}", flush=True)
+    if not report.exists():
+        raise ClusterError("the suite did not finish", f"see {OUTPUT}/log.txt")
+    specs = read_report(report)
+    results = [asdict(spec) for spec in specs]
+    (OUTPUT / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    return specs
+
+
+def _kept(lines: Iterable[str], log: TextIO) -> Iterator[str]:
+    for line in lines:
+        log.write(line)
+        yield line
+
+
+def _command(folder: Path, kubeconfig: Path, nodes: int) -> list[str]:
+    return [
+        str(folder / "ginkgo"),
+        f"--procs={os.environ.get('PROCS') or _PROCESSES}",
+        "--no-color",
+        "-v",
+        f"--timeout={_TIMEOUT}",
+        f"--focus={os.environ.get('FOCUS') or _FOCUS}",
+        f"--skip={os.environ.get('SKIP') or _SKIP}",
+        "--json-report=report.json",
+        f"--output-dir={OUTPUT}",
+        str(folder / "e2e.test"),
+        "--",
+        f"--kubeconfig={kubeconfig}",
+        "--provider=skeleton",
+        f"--num-nodes={nodes}",  # without it specs that want two nodes skip themselves
+    ]
+
+
+def _count_nodes(kubectl: Path, kubeconfig: Path) -> int:
+    command = [str(kubectl), f"--kubeconfig={kubeconfig}", "get", "nodes", "--output=name"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise ClusterError(f"the cluster of {kubeconfig} does not answer: {result.stderr.strip()}")
+    return len(result.stdout.split())
+
+
+def _join_control_plane() -> None:
+    """Into the cluster's cgroup, so that `make cluster-down` ends a run that was left alone."""
+    namespaces.join(host.cluster_cgroup() / CONTROL_PLANE / "system")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
