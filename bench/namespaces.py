@@ -10,8 +10,6 @@ import ctypes
 import os
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from bench.errors import BenchError
 
@@ -59,16 +57,9 @@ class Namespace:
     def ip(self, arguments: str) -> str:
         return self.run("ip", *arguments.split())
 
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """This thread is in the namespace."""
-        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            checked(libc.setns(self.fd, CLONE_NEWNET), "setns")
-            yield
-        finally:
-            checked(libc.setns(home, CLONE_NEWNET), "setns")
-            os.close(home)
+    def enter_for_good(self) -> None:
+        """The calling thread moves here and stays: for the threads of an executor."""
+        checked(libc.setns(self.fd, CLONE_NEWNET), "setns")
 
     def close(self) -> None:
         os.close(self.fd)

@@ -53,7 +53,9 @@ def load_object(opened: loader.ObjectFile, maps: dict[str, int], settings: str) 
     try:
         opened.handle.load()
     except errors.DatapathError as error:
-        return [Load(name, settings, 0, str(error)) for name in opened.handle.programs()]
+        first, *_, last = [*str(error).splitlines(), ""]
+        why = f"{first} {last}".strip()
+        return [Load(name, settings, 0, why) for name in opened.handle.programs()]
     found = []
     for name, fd in opened.handle.program_fds().items():
         found.append(Load(name, settings, libbpf.program_info(fd, name).verified))
