@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator's parts, put together: one TaskGroup owns every task, and SIGTERM ends them.
+
+On SIGTERM streams end first, so that agents go to the other replica at once, then the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from weir.operator import kinds, kubeconfig
+from weir.operator.api import Api
+from weir.operator.auth import Authenticator
+from weir.operator.config import Config
+from weir.operator.distribution import OPTIONS, Distribution
+from weir.operator.model import Model
+from weir.operator.reflector import Reflector, Timing
+from weir.operator.revisions import Revisions
+from weir.operator.status import Sample, StatusServer
+from weir.operator.tls import Certificates
+
+logger = logging.getLogger(__name__)
+
+STOP_SECONDS = 2.0
+
+
+class StartError(Exception):
+    """The operator cannot run as configured."""
+
+
+def access(config: Config) -> kubeconfig.Access:
+    """Blocks on files."""
+    if config.kubeconfig:
+        return kubeconfig.from_file(Path(config.kubeconfig).expanduser())
+    return kubeconfig.in_cluster(config.api_server, config.kubelet_kubeconfig)
+
+
+@dataclass(slots=True)
+class App:
+    """Everything that runs."""
+
+    config: Config
+    access: kubeconfig.Access
+    timing: Timing = field(default_factory=Timing)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    port: int = 0  # where gRPC listens, once it does
+    _reflectors: list[Reflector[Any]] = field(default_factory=list)
+    _model: Model | None = None
+    _distribution: Distribution | None = None
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, self.stop.set)
+        async with Api(self.access) as api:
+            await self._run(api)
+
+    async def _run(self, api: Api) -> None:
+        revisions = Revisions(uuid.uuid4().hex)
+        certificates = Certificates(api, self.config.namespace)
+        model = Model(revisions, self.config.batch_milliseconds / 1000, self._synced)
+        distribution = Distribution(
+            revisions, Authenticator(api, self.config.namespace), model, self._agent_ready
+        )
+        self._model, self._distribution = model, distribution
+        self._reflectors = [
+            Reflector(api, kind, model, self.timing)
+            for kind in (
+                kinds.NAMESPACE,
+                kinds.NODE,
+                kinds.POD,
+                kinds.SERVICE,
+                kinds.SLICE,
+                kinds.POLICY,
+            )
+        ]
+        status = StatusServer(self._not_ready, self._samples)
+        await status.start(self.config.metrics_address, self.config.metrics_port)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(reflector.run(), name=f"reflector {reflector.kind.name}")
+                    for reflector in self._reflectors
+                ]
+                tasks.append(group.create_task(model.run(), name="model"))
+                tasks.append(group.create_task(self._serve(certificates), name="grpc"))
+                await self.stop.wait()
+                logger.info("stopping")
+                for task in tasks:
+                    task.cancel()
+        finally:
+            await status.close()
+
+    async def _serve(self, certificates: Certificates) -> None:
+        if self._distribution is None:
+            raise RuntimeError("not set up")
+        await certificates.start()
+        server = grpc.aio.server(options=OPTIONS)
+        server.add_generic_rpc_handlers([self._distribution.handler()])
+        self.port = server.add_secure_port(
+            f"[::]:{self.config.port}", certificates.server_credentials()
+        )
+        await server.start()
+        logger.info("serving agents on port %d", self.port)
+        try:
+            await certificates.run()
+        finally:
+            self._distribution.closing.set()
+            await server.stop(STOP_SECONDS)
+
+    def _synced(self) -> None:
+        if self._distribution is not None:
+            self._distribution.synced.set()
+
+    def _agent_ready(self, node: str) -> None:
+        logger.info("%s: ready", node)
+
+    def _not_ready(self) -> str:
+        if self._model is None or not self._model.ready:
+            return "not all kinds are listed and compiled"
+        return "" if self.port else "not serving agents yet"
+
+    def _samples(self) -> Iterable[Sample]:
+        if self._model is None or self._distribution is None:
+            return
+        for reflector in self._reflectors:
+            label = ("kind", reflector.kind.name)
+            yield Sample("weir_operator_objects", len(reflector.objects), label)
+        for reflector in self._reflectors:
+            label = ("kind", reflector.kind.name)
+            yield Sample("weir_operator_relists_total", reflector.lists, label)
+        for reflector in self._reflectors:
+            label = ("kind", reflector.kind.name)
+            yield Sample("weir_operator_watch_failures_total", reflector.failures, label)
+        for name, count in self._model.compiler.counts().items():
+            yield Sample("weir_operator_compiled", count, ("what", name))
+        revisions = self._model.revisions
+        streams = list(self._distribution.streams.values())
+        yield Sample("weir_operator_resources", len(revisions))
+        yield Sample("weir_operator_revision", revisions.revision)
+        yield Sample("weir_operator_streams", len(streams))
+        yield Sample("weir_operator_ready_nodes", sum(stream.ready for stream in streams))
+        yield Sample("weir_operator_snapshots", sum(stream.snapshots for stream in streams))
+        yield Sample("weir_operator_compile_seconds_total", self._model.compile_seconds)
+        yield Sample("weir_operator_compilations_total", self._model.compilations)
+        yield Sample("weir_operator_problems_total", self._model.problem_count)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where reflectors, announcements, compiler and revisions meet: changes in, revisions out.
+
+The compiler is run when things go quiet for a turn of the loop, and at most once in the
+configured gap, so a burst of events becomes one revision and a lone event waits for nothing.
+Before every kind has synced, only objects are kept: the first compilation takes them in the
+order that makes it cheap (namespaces, policies, pods), and no agent sees half a cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from weir.api.address import Addr
+from weir.operator.compiler import Compiler
+from weir.operator.objects import Key, Problem
+from weir.operator.revisions import Revisions
+
+logger = logging.getLogger(__name__)
+
+# In the order of the first compilation.
+ORDER = ("Namespace", "NetworkPolicy", "Node", "Pod", "Service", "EndpointSlice")
+YIELD_EVERY = 500  # objects of the first compilation between turns for others
+
+
+@dataclass(slots=True)
+class Model:
+    """The consumer of every reflector, and of the agents' announcements."""
+
+    revisions: Revisions
+    gap: float
+    on_synced: Callable[[], None]
+    compiler: Compiler = field(default_factory=Compiler)
+    compile_seconds: float = 0.0
+    compilations: int = 0
+    problem_count: int = 0
+    _waiting: dict[str, dict[Key, object]] = field(default_factory=dict)
+    _synced: set[str] = field(default_factory=set)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _complete: asyncio.Event = field(default_factory=asyncio.Event)
+
+    # Consumer
+
+    def changed(self, kind: str, key: Key, old: object | None, new: object | None) -> None:
+        if self._complete.is_set() and kind not in self._waiting:
+            self._apply(kind, key, new)
+            self._changed.set()
+            return
+        objects = self._waiting.setdefault(kind, {})
+        if new is None and not self._complete.is_set():
+            objects.pop(key, None)
+        else:
+            objects.pop(key, None)
+            objects[key] = new
+
+    def problems(self, kind: str, key: Key, problems: tuple[Problem, ...]) -> None:
+        for problem in problems:
+            self.problem_count += 1
+            logger.warning("%s %s: %s: %s", kind, key, problem.field or "object", problem.message)
+
+    def synced(self, kind: str) -> None:
+        self._synced.add(kind)
+        if not self._complete.is_set() and self._synced.issuperset(ORDER):
+            self._complete.set()
+
+    # Announcements
+
+    def announce(self, node: str, uid: str, addresses: tuple[Addr, ...] | None) -> None:
+        self.compiler.announce(node, uid, addresses)
+        self._changed.set()
+
+    def announced_by(self, node: str) -> list[str]:
+        return self.compiler.announced_by(node)
+
+    @property
+    def ready(self) -> bool:
+        return self.revisions.revision > 0
+
+    async def run(self) -> None:
+        await self._complete.wait()
+        await self._first()
+        self._publish(always=True)
+        self.on_synced()
+        while True:
+            await self._changed.wait()
+            await asyncio.sleep(0)  # what arrived together goes out together
+            self._publish()
+            await asyncio.sleep(self.gap)
+
+    async def _first(self) -> None:
+        started = time.perf_counter()
+        count = 0
+        for kind in ORDER:
+            # Changes that come meanwhile join what is waiting, or are applied if it is through.
+            while objects := self._waiting.get(kind):
+                key = next(iter(objects))
+                self._apply(kind, key, objects.pop(key))
+                count += 1
+                if count % YIELD_EVERY == 0:
+                    await asyncio.sleep(0)
+            self._waiting.pop(kind, None)
+        logger.info("compiled %d objects in %.2f s", count, time.perf_counter() - started)
+
+    def _apply(self, kind: str, key: Key, new: Any) -> None:
+        started = time.perf_counter()
+        match kind:
+            case "Namespace":
+                self.compiler.namespace(key, new)
+            case "NetworkPolicy":
+                self.compiler.policy(key, new)
+            case "Node":
+                self.compiler.node(key, new)
+            case "Pod":
+                self.compiler.pod(key, new)
+            case "Service":
+                self.compiler.service(key, new)
+            case "EndpointSlice":
+                self.compiler.slice(key, new)
+        self.compile_seconds += time.perf_counter() - started
+
+    def _publish(self, always: bool = False) -> None:
+        self._changed.clear()
+        started = time.perf_counter()
+        changes = self.compiler.flush()
+        news = self.revisions.publish(changes, always)
+        self.compile_seconds += time.perf_counter() - started
+        self.compilations += 1
+        for refusal in self.compiler.refusals:
+            logger.warning(
+                "%s: announcement of pod %s refused: %s", refusal.node, refusal.pod, refusal.reason
+            )
+        self.compiler.refusals.clear()
+        if news:
+            logger.debug("revision %d: %d resources", self.revisions.revision, news)

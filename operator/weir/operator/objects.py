@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kubernetes objects as the compiler sees them: frozen dataclasses, and a parser for each.
+
+A parser never raises for bad content: what it cannot use becomes a `Problem`, and the object it
+returns is what remains (None: nothing does). NetworkPolicy has a module of its own, as it has
+the rules about failing closed: `weir.operator.policy`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from weir.api.address import Addr, Cidr, parse, parse_cidr
+from weir.operator import wire
+
+PROTOCOLS = {"TCP": 6, "UDP": 17, "SCTP": 132}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong with one field of one object, in words for whoever wrote it."""
+
+    field: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Key:
+    """Names an object among those of its kind; cluster-wide kinds have no namespace."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}" if self.namespace else self.name
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed(Generic[T]):
+    """What a parser made of an object."""
+
+    value: T | None
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Port:
+    """A port of a Service or an EndpointSlice, or a container's named port."""
+
+    name: str
+    protocol: int
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    key: Key
+    cluster_ips: tuple[Addr, ...]  # empty: headless, ExternalName, or not allocated yet
+    ports: tuple[Port, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    address: Addr
+    ready: bool
+    serving: bool
+    terminating: bool
+    node: str
+    zone: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSlice:
+    key: Key
+    service: str  # empty: of no Service
+    ports: tuple[Port, ...]
+    endpoints: tuple[Endpoint, ...]
+
+
+Labels = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    key: Key
+    labels: Labels
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    key: Key
+    addresses: tuple[Addr, ...]  # InternalIPs first
+    pod_cidrs: tuple[Cidr, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    key: Key
+    uid: str
+    created: str  # RFC 3339 in UTC, so that text order is time order
+    labels: Labels
+    node: str  # empty: not scheduled yet
+    live: bool  # False: in the host's network, or finished; then no address is its own
+    addresses: tuple[Addr, ...]
+    ports: tuple[Port, ...]  # the named ones
+
+
+def key_of(meta: wire.Meta) -> Key:
+    return Key(sys.intern(meta.namespace), meta.name)
+
+
+def labels_of(meta: wire.Meta) -> Labels:
+    return tuple(sorted((sys.intern(k), sys.intern(v)) for k, v in (meta.labels or {}).items()))
+
+
+def protocol_number(name: str | None, field: str, problems: list[Problem]) -> int | None:
+    number = PROTOCOLS.get(name or "TCP")
+    if number is None:
+        problems.append(Problem(field, f"unknown protocol {name!r}"))
+    return number
+
+
+def port_number(port: int | None, field: str, problems: list[Problem]) -> int | None:
+    if port is None or not 1 <= port <= 65535:
+        problems.append(Problem(field, f"{port} is not a port: must be between 1 and 65535"))
+        return None
+    return port
+
+
+def _address(text: str, field: str, problems: list[Problem]) -> Addr | None:
+    try:
+        return parse(text)
+    except ValueError as error:
+        problems.append(Problem(field, str(error)))
+        return None
+
+
+def _addresses(texts: list[str], field: str, problems: list[Problem]) -> tuple[Addr, ...]:
+    found = (_address(text, f"{field}[{i}]", problems) for i, text in enumerate(texts))
+    return tuple(dict.fromkeys(addr for addr in found if addr is not None))
+
+
+def _ports(
+    ports: Sequence[wire.ServicePort | wire.SlicePort], field: str, problems: list[Problem]
+) -> tuple[Port, ...]:
+    found: dict[tuple[str, int, int], Port] = {}
+    for i, port in enumerate(ports):
+        protocol = protocol_number(port.protocol, f"{field}[{i}].protocol", problems)
+        number = port_number(port.port, f"{field}[{i}].port", problems)
+        if protocol is not None and number is not None:
+            made = Port(sys.intern(port.name or ""), protocol, number)
+            found.setdefault((made.name, protocol, number), made)
+    return tuple(found.values())
+
+
+def parse_service(raw: wire.Service) -> Parsed[Service]:
+    """ClusterIPs only: a headless or ExternalName Service comes out without addresses."""
+    problems: list[Problem] = []
+    spec = raw.spec
+    texts = spec.cluster_ips or ([spec.cluster_ip] if spec.cluster_ip else [])
+    texts = [text for text in texts if text and text != "None"]
+    if spec.type == "ExternalName" or not texts:
+        return Parsed(Service(key_of(raw.metadata), (), ()))
+    if not spec.ports:
+        problems.append(Problem("spec.ports", "a Service with a cluster IP needs a port"))
+    addresses = _addresses(texts, "spec.clusterIPs", problems)
+    ports = _ports(spec.ports or [], "spec.ports", problems)
+    seen: set[tuple[int, int]] = set()
+    for i, port in enumerate(ports):
+        if (port.protocol, port.port) in seen:
+            problems.append(Problem(f"spec.ports[{i}]", f"port {port.port} is there twice"))
+        seen.add((port.protocol, port.port))
+    return Parsed(Service(key_of(raw.metadata), addresses, ports), tuple(problems))
+
+
+def parse_slice(raw: wire.EndpointSlice) -> Parsed[EndpointSlice]:
+    """An endpoint's first address stands for it, as the API says that they are fungible."""
+    problems: list[Problem] = []
+    service = (raw.metadata.labels or {}).get("kubernetes.io/service-name", "")
+    endpoints: list[Endpoint] = []
+    with_addresses = raw.endpoints or []
+    if raw.address_type == "FQDN":
+        with_addresses = []
+    for i, endpoint in enumerate(with_addresses):
+        field = f"endpoints[{i}].addresses"
+        if not endpoint.addresses:
+            problems.append(Problem(field, "an endpoint needs an address"))
+            continue
+        address = _address(endpoint.addresses[0], f"{field}[0]", problems)
+        if address is None:
+            continue
+        conditions = endpoint.conditions or wire.Conditions()
+        ready = conditions.ready is not False
+        endpoints.append(
+            Endpoint(
+                address=address,
+                ready=ready,
+                serving=ready if conditions.serving is None else conditions.serving,
+                terminating=bool(conditions.terminating),
+                node=sys.intern(endpoint.node_name or ""),
+                zone=sys.intern(endpoint.zone or ""),
+            )
+        )
+    # A port without a number stands for all ports, which no Service can ask for.
+    ports = _ports([p for p in raw.ports or [] if p.port is not None], "ports", problems)
+    key = key_of(raw.metadata)
+    return Parsed(EndpointSlice(key, service, ports, tuple(endpoints)), tuple(problems))
+
+
+def parse_namespace(raw: wire.Namespace) -> Parsed[Namespace]:
+    return Parsed(Namespace(key_of(raw.metadata), labels_of(raw.metadata)))
+
+
+def parse_node(raw: wire.Node) -> Parsed[Node]:
+    problems: list[Problem] = []
+    listed = [a for a in (raw.status.addresses if raw.status else None) or [] if a.address]
+    texts = [a.address for a in listed if a.type == "InternalIP"]
+    texts += [a.address for a in listed if a.type == "ExternalIP"]
+    addresses = _addresses(texts, "status.addresses", problems)
+    cidrs: list[Cidr] = []
+    for text in raw.spec.pod_cidrs or ([raw.spec.pod_cidr] if raw.spec.pod_cidr else []):
+        try:
+            cidrs.append(parse_cidr(text))
+        except ValueError as error:
+            problems.append(Problem("spec.podCIDRs", str(error)))
+    return Parsed(Node(key_of(raw.metadata), addresses, tuple(cidrs)), tuple(problems))
+
+
+def parse_pod(raw: wire.Pod) -> Parsed[Pod]:
+    problems: list[Problem] = []
+    status = raw.status or wire.PodStatus()
+    live = not raw.spec.host_network and status.phase not in ("Succeeded", "Failed")
+    texts = [entry.ip for entry in status.pod_ips or [] if entry.ip]
+    if not texts and status.pod_ip:
+        texts = [status.pod_ip]
+    pod = Pod(
+        key=key_of(raw.metadata),
+        uid=raw.metadata.uid,
+        created=raw.metadata.creation_timestamp or "",
+        labels=labels_of(raw.metadata),
+        node=sys.intern(raw.spec.node_name or ""),
+        live=live,
+        addresses=_addresses(texts, "status.podIPs", problems) if live else (),
+        ports=_named_ports(raw.spec) if live else (),
+    )
+    return Parsed(pod, tuple(problems))
+
+
+def _named_ports(spec: wire.PodSpec) -> tuple[Port, ...]:
+    """Containers before init sidecars, and the first of a name wins, as for a Service's target."""
+    sidecars = [c for c in spec.init_containers or [] if c.restart_policy == "Always"]
+    found: dict[tuple[str, int], Port] = {}
+    for container in [*(spec.containers or []), *sidecars]:
+        for port in container.ports or []:
+            protocol = PROTOCOLS.get(port.protocol or "TCP")
+            if port.name and protocol and 1 <= port.container_port <= 65535:
+                made = Port(sys.intern(port.name), protocol, port.container_port)
+                found.setdefault((made.name, protocol), made)
+    return tuple(sorted(found.values()))

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Health, readiness and metrics over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from aiohttp import web
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One line of the Prometheus text format. `label` is (name, value)."""
+
+    name: str
+    value: float
+    label: tuple[str, str] | None = None
+
+
+HELP = {
+    "weir_operator_objects": ("gauge", "Objects known, by kind."),
+    "weir_operator_relists_total": ("counter", "Times that a kind was listed, by kind."),
+    "weir_operator_watch_failures_total": ("counter", "Failed lists and watches, by kind."),
+    "weir_operator_compiled": ("gauge", "Things that the compiler holds, by what."),
+    "weir_operator_resources": ("gauge", "Resources in distribution."),
+    "weir_operator_revision": ("gauge", "Revision of the resources, of this process alone."),
+    "weir_operator_streams": ("gauge", "Agents connected."),
+    "weir_operator_ready_nodes": ("gauge", "Agents connected that said that they are ready."),
+    "weir_operator_snapshots": ("gauge", "Snapshots sent on streams that are open."),
+    "weir_operator_compile_seconds_total": ("counter", "Time spent compiling and encoding."),
+    "weir_operator_compilations_total": ("counter", "Compilations."),
+    "weir_operator_problems_total": ("counter", "Problems found in objects."),
+    "weir_operator_leader": ("gauge", "1 on the replica that writes to the API server."),
+}
+
+
+def render(samples: Iterable[Sample]) -> str:
+    lines: list[str] = []
+    last = ""
+    for sample in samples:
+        if sample.name != last:
+            kind, text = HELP[sample.name]
+            lines += [f"# HELP {sample.name} {text}", f"# TYPE {sample.name} {kind}"]
+            last = sample.name
+        label = f'{{{sample.label[0]}="{sample.label[1]}"}}' if sample.label else ""
+        lines.append(f"{sample.name}{label} {sample.value:.10g}")
+    return "\n".join(lines) + "\n"
+
+
+class StatusServer:
+    """Serves until closed."""
+
+    def __init__(self, ready: Callable[[], str], samples: Callable[[], Iterable[Sample]]) -> None:
+        self._ready = ready  # empty: ready; else what is missing
+        self._samples = samples
+        self._runner: web.AppRunner | None = None
+
+    async def start(self, host: str, port: int) -> None:
+        app = web.Application()
+        app.add_routes(
+            [
+                web.get("/healthz", self._get_health),
+                web.get("/readyz", self._get_ready),
+                web.get("/metrics", self._get_metrics),
+            ]
+        )
+        self._runner = web.AppRunner(app, access_log=None, handle_signals=False)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, host, port).start()
+
+    async def close(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def _get_health(self, _request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _get_ready(self, _request: web.Request) -> web.Response:
+        missing = self._ready()
+        if missing:
+            return web.Response(text=f"{missing}\n", status=503)
+        return web.Response(text="ok\n")
+
+    async def _get_metrics(self, _request: web.Request) -> web.Response:
+        return web.Response(
+            text=render(self._samples()), content_type="text/plain", charset="utf-8"
+        )

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of the Kubernetes API's JSON that Weir reads, as msgspec structs.
+
+Decoding into these checks types only; meaning is checked when `weir.operator.objects` and
+`weir.operator.policy` turn them into frozen dataclasses. Fields that the API may leave out or
+set to null have None, so that "missing" and "empty" stay apart where the spec tells them apart.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Struct(msgspec.Struct, rename="camel", gc=False):
+    pass
+
+
+class Meta(Struct):
+    name: str = ""
+    namespace: str = ""
+    uid: str = ""
+    resource_version: str = ""
+    generation: int | None = None
+    creation_timestamp: str | None = None
+    labels: dict[str, str] | None = None
+
+
+class Named(Struct):
+    """As much of any object as tells which one it is."""
+
+    metadata: Meta = msgspec.field(default_factory=Meta)
+
+
+class ListMeta(Struct):
+    resource_version: str = ""
+    continue_: str | None = msgspec.field(default=None, name="continue")
+
+
+class Page(Struct):
+    metadata: ListMeta
+    items: list[msgspec.Raw] | None = None
+
+
+class WatchEvent(Struct):
+    type: str
+    object: msgspec.Raw
+
+
+class Status(Struct):
+    """The object of a watch's ERROR event, and the body of a failed request."""
+
+    code: int | None = None
+    reason: str | None = None
+    message: str | None = None
+
+
+# Service, EndpointSlice, Node, Namespace
+
+
+class ServicePort(Struct):
+    name: str | None = None
+    protocol: str | None = None
+    port: int | None = None
+
+
+class ServiceSpec(Struct):
+    type: str | None = None
+    ports: list[ServicePort] | None = None
+    cluster_ip: str | None = msgspec.field(default=None, name="clusterIP")
+    cluster_ips: list[str] | None = msgspec.field(default=None, name="clusterIPs")
+
+
+class Service(Named):
+    spec: ServiceSpec = msgspec.field(default_factory=ServiceSpec)
+
+
+class SlicePort(Struct):
+    name: str | None = None
+    protocol: str | None = None
+    port: int | None = None
+
+
+class Conditions(Struct):
+    ready: bool | None = None
+    serving: bool | None = None
+    terminating: bool | None = None
+
+
+class SliceEndpoint(Struct):
+    addresses: list[str] | None = None
+    conditions: Conditions | None = None
+    node_name: str | None = None
+    zone: str | None = None
+
+
+class EndpointSlice(Named):
+    address_type: str = ""
+    endpoints: list[SliceEndpoint] | None = None
+    ports: list[SlicePort] | None = None
+
+
+class NodeSpec(Struct):
+    pod_cidr: str | None = msgspec.field(default=None, name="podCIDR")
+    pod_cidrs: list[str] | None = msgspec.field(default=None, name="podCIDRs")
+
+
+class NodeAddress(Struct):
+    type: str = ""
+    address: str = ""
+
+
+class NodeStatus(Struct):
+    addresses: list[NodeAddress] | None = None
+
+
+class Node(Named):
+    spec: NodeSpec = msgspec.field(default_factory=NodeSpec)
+    status: NodeStatus | None = None
+
+
+class Namespace(Named):
+    pass
+
+
+# Pod
+
+
+class ContainerPort(Struct):
+    name: str | None = None
+    protocol: str | None = None
+    container_port: int = 0
+
+
+class Container(Struct):
+    ports: list[ContainerPort] | None = None
+    restart_policy: str | None = None
+
+
+class PodSpec(Struct):
+    node_name: str | None = None
+    host_network: bool | None = None
+    containers: list[Container] | None = None
+    init_containers: list[Container] | None = None
+
+
+class PodIp(Struct):
+    ip: str | None = None
+
+
+class PodStatus(Struct):
+    phase: str | None = None
+    pod_ip: str | None = msgspec.field(default=None, name="podIP")
+    pod_ips: list[PodIp] | None = msgspec.field(default=None, name="podIPs")
+
+
+class Pod(Named):
+    spec: PodSpec = msgspec.field(default_factory=PodSpec)
+    status: PodStatus | None = None
+
+
+# NetworkPolicy
+
+
+class Requirement(Struct):
+    key: str = ""
+    operator: str = ""
+    values: list[str] | None = None
+
+
+class LabelSelector(Struct):
+    match_labels: dict[str, str] | None = None
+    match_expressions: list[Requirement] | None = None
+
+
+class IpBlock(Struct):
+    cidr: str = ""
+    except_: list[str] | None = msgspec.field(default=None, name="except")
+
+
+class Peer(Struct):
+    pod_selector: LabelSelector | None = None
+    namespace_selector: LabelSelector | None = None
+    ip_block: IpBlock | None = None
+
+
+class PolicyPort(Struct):
+    protocol: str | None = None
+    port: int | str | None = None
+    end_port: int | None = None
+
+
+class IngressRule(Struct):
+    from_: list[Peer] | None = msgspec.field(default=None, name="from")
+    ports: list[PolicyPort] | None = None
+
+
+class EgressRule(Struct):
+    to: list[Peer] | None = None
+    ports: list[PolicyPort] | None = None
+
+
+class PolicySpec(Struct):
+    pod_selector: LabelSelector | None = None
+    ingress: list[IngressRule] | None = None
+    egress: list[EgressRule] | None = None
+    policy_types: list[str] | None = None
+
+
+class NetworkPolicy(Named):
+    spec: PolicySpec = msgspec.field(default_factory=PolicySpec)
