@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from weir.agent import config as agent_config
+from weir.operator import config as operator_config
+
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "weir"
 Manifest = dict[str, Any]
@@ -184,8 +187,9 @@ def test_map_sizes_reach_the_agent_as_whole_numbers() -> None:
 @pytest.mark.parametrize(
     ("setting", "key", "expected"),
     [
-        pytest.param("operator.port=9899", "port", 9899, id="port"),
-        pytest.param("operator.metricsPort=9898", "metricsPort", 9898, id="metrics"),
+        pytest.param("operator.port=9899", "listen", "[::]:9899", id="port"),
+        pytest.param("operator.healthPort=9898", "healthListen", "127.0.0.1:9898", id="health"),
+        pytest.param("operator.metricsPort=9897", "metricsListen", "[::]:9897", id="metrics"),
         pytest.param('apiServer="https://h:6443"', "apiServer", "https://h:6443", id="api"),
         pytest.param('logLevel="error"', "logLevel", "error", id="log"),
     ],
@@ -194,6 +198,7 @@ def test_operator_setting_reaches_its_config_and_rolls_it(
     setting: str, key: str, expected: object
 ) -> None:
     before, after = render(), render(setting)
+    assert config(before, "weir-operator").get(key) != expected
     assert config(after, "weir-operator")[key] == expected
     name = "checksum/config"
     sums = [operator_of(m)["metadata"]["annotations"][name] for m in (before, after)]
@@ -205,6 +210,16 @@ def test_operator_port_is_one_everywhere() -> None:
     ports = {p["name"]: p["containerPort"] for p in container(operator_of(manifests))["ports"]}
     (service,) = manifests["Service", "weir-operator"]["spec"]["ports"]
     assert (ports["grpc"], service["port"], service["name"]) == (9899, 9899, "grpc")
+
+
+def test_the_programs_accept_their_settings(tmp_path: Path) -> None:
+    """Agent and operator refuse what they do not know: no value is without a reader."""
+    environment = {"NODE_NAME": "n", "POD_NAME": "p", "POD_NAMESPACE": "s", "HOST_IP": "192.0.2.1"}
+    manifests = render("operator.metricsPort=9897", 'masquerade.excludeCIDRs=["10.0.0.0/8"]')
+    for name, load in ("weir-agent", agent_config.load), ("weir-operator", operator_config.load):
+        path = tmp_path / name
+        path.write_text(manifests["ConfigMap", name]["data"]["config.yaml"])
+        load(path, environment)
 
 
 def test_operators_start_before_nodes_have_a_network() -> None:

@@ -44,8 +44,11 @@ logLevel: {{ .Values.logLevel }}
 {{- define "weir.operator.config" -}}
 apiServer: {{ .Values.apiServer | quote }}
 kubeletKubeconfig: /host/kubelet.conf
-port: {{ .Values.operator.port }}
-metricsPort: {{ .Values.operator.metricsPort }}
+listen: "[::]:{{ .Values.operator.port }}"
+healthListen: 127.0.0.1:{{ .Values.operator.healthPort }}
+{{- if .Values.operator.metricsPort }}
+metricsListen: "[::]:{{ .Values.operator.metricsPort }}"
+{{- end }}
 logLevel: {{ .Values.logLevel }}
 {{- end }}
 
