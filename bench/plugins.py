@@ -7,6 +7,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,9 @@ FOLDERS = (Path("/usr/lib/cni"), Path("/opt/cni/bin"))
 
 @dataclass(frozen=True, slots=True)
 class BridgePlugin:
-    """The plugin with one network configuration, run in a node's namespace."""
+    """The plugin with one network configuration. `thread` is in a node's namespace."""
 
-    node: Namespace
+    thread: ThreadPoolExecutor
     folder: Path
     config: str
 
@@ -34,10 +35,12 @@ class BridgePlugin:
             "CNI_IFNAME": "eth0",
             "CNI_PATH": str(self.folder),
         }
-        done = subprocess.run(
-            ["nsenter", f"--net={self.node.path}", self.folder / "bridge"],
+        start = self.thread.submit(
+            subprocess.run,
+            [self.folder / "bridge"],
             env=variables, input=self.config, capture_output=True, text=True, check=False,
         )  # fmt: skip
+        done = start.result()
         if done.returncode:
             raise BenchError(f"bridge plugin, {command}: {done.stdout}{done.stderr}")
         return done.stdout
@@ -68,4 +71,5 @@ def bridge_plugin(node: Namespace) -> Iterator[BridgePlugin]:
                 "routes": [{"dst": "0.0.0.0/0"}],
             },
         }
-        yield BridgePlugin(node, folder, json.dumps(config))
+        with ThreadPoolExecutor(1, initializer=node.enter_for_good) as thread:
+            yield BridgePlugin(thread, folder, json.dumps(config))

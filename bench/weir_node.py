@@ -76,22 +76,32 @@ class WeirNode:
             name, pod.path, "eth0", (address.parse(addr),), PodRef("bench", name, name), "weir"
         )
         made = self.inside(lambda: wiring.create(planned, MTU))
-        level = 1 << PolicyLevel.PORT_BITS_MAX
-        row = Endpoint(
-            made.ifindex,
-            class_,
-            Isolation(egress_rules(class_), level),
-            Isolation(ingress_rules(class_), level),
-            made.mac,
-            made.host_mac,
-        )
-        for addr_ in made.addresses:
-            self.datapath.tables.addresses.update({addr_: Address(class_)})
-            self.datapath.tables.endpoints.update({addr_: row})
+        self.publish(made, class_)
         self.inside(lambda: self.datapath.attach_pod(made.host_ifname))
         self.inside(lambda: wiring.bring_up(made))
         self.pods.append(made)
         return made
+
+    def publish(self, endpoint: LocalEndpoint, class_: int) -> None:
+        """The map rows of an endpoint."""
+        level = 1 << PolicyLevel.PORT_BITS_MAX
+        row = Endpoint(
+            endpoint.ifindex,
+            class_,
+            Isolation(egress_rules(class_), level),
+            Isolation(ingress_rules(class_), level),
+            endpoint.mac,
+            endpoint.host_mac,
+        )
+        tables = self.datapath.tables
+        tables.endpoints.update(dict.fromkeys(endpoint.addresses, row))
+        tables.addresses.update(dict.fromkeys(endpoint.addresses, Address(class_)))
+
+    def withdraw(self, endpoint: LocalEndpoint) -> None:
+        """Takes back publish and attach."""
+        self.datapath.detach_pod(endpoint.host_ifname)
+        self.datapath.tables.endpoints.delete(endpoint.addresses)
+        self.datapath.tables.addresses.delete(endpoint.addresses)
 
     def allow(self, client: int, server: int, port: int) -> None:
         """One policy on each side: egress to the server, ingress from the client, one port."""
