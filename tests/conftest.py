@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-
 from support import namespaces
 from support.datapaths import Datapaths
+
 from weir.datapath.datapath import Datapath
 from weir.datapath.settings import Settings
 

@@ -60,7 +60,7 @@ class Datapaths:
 
 def clear(datapath: Datapath) -> None:
     for name in RECORDS:
-        if name != "runtime":
+        if name != "runtime":  # an array: it has no deletion
             table = getattr(datapath.tables, name)
             table.delete([key for key, _ in table.items()])
     datapath.tables.runtime.update({0: Runtime(0, 0)})

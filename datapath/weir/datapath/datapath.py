@@ -16,7 +16,7 @@ from typing import Any
 
 from weir.api.address import Addr
 from weir.datapath import features as probing
-from weir.datapath import loader, pins, records
+from weir.datapath import loader, records
 from weir.datapath.btf import Kind
 from weir.datapath.codec import codec_for
 from weir.datapath.errors import LayoutMismatch
@@ -25,6 +25,7 @@ from weir.datapath.features import Features
 from weir.datapath.libbpf import MapType
 from weir.datapath.links import Attachment, Links, detach_all
 from weir.datapath.migrate import MIGRATIONS, Migration
+from weir.datapath.pins import Pins, remove_tree, require_bpffs, require_cgroup2
 from weir.datapath.settings import Settings, Sizes
 from weir.datapath.table import PerCpuTable, Table
 
@@ -51,6 +52,8 @@ RECORDS: dict[str, tuple[type[Any], type[Any]]] = {
     "metrics": (records.MetricKey, records.Metric),
 }
 EVENTS = "events"
+# Maps of the programs alone: kept over restarts, no tables.
+PRIVATE = frozenset({"fragments"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ class Datapath:
 
     @staticmethod
     def open(
-        root: Path,
+        pins: Path,
         cgroup: Path,
         settings: Settings,
         sizes: Sizes | None = None,
@@ -110,11 +113,11 @@ class Datapath:
         features: Features | None = None,
         migrations: Iterable[Migration] = MIGRATIONS,
     ) -> Datapath:
-        """Everything loaded, pinned below `root`, and existing attachments moved to it."""
+        """Everything loaded, pinned below `pins`, and existing attachments moved to it."""
         kernel = features or probing.probe()
-        tree = pins.Pins(root)
+        tree = Pins(pins)
         tree.create()
-        pins.require_cgroup2(cgroup)
+        require_cgroup2(cgroup)
         paths = loader.OBJECTS.glob("*.bpf.o") if objects is None else objects
         possible = settings.has_set_retval and kernel.set_retval
         chosen = dataclasses.replace(settings, has_set_retval=possible)
@@ -198,11 +201,10 @@ class Datapath:
         raise LayoutMismatch("open", EVENTS, 0, "no object has struct event in its BTF")
 
     @staticmethod
-    def remove(root: Path) -> None:
+    def remove(pins: Path) -> None:
         """Detaches and unpins everything: for good, at uninstallation."""
-        tree = pins.Pins(root)
-        if not root.is_dir():
+        if not pins.is_dir():
             return
-        pins.require_bpffs(root)
-        detach_all(tree, ATTACHMENTS)
-        pins.remove_tree(root)
+        require_bpffs(pins)
+        detach_all(Pins(pins), ATTACHMENTS)
+        remove_tree(pins)

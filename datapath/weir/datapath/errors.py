@@ -9,6 +9,7 @@ import platform
 # The kernel's internal "not supported", which errno and strerror do not know.
 ENOTSUPP = 524
 LOG_LINES = 25
+LOG_WIDTH = 200
 
 
 def error_text(number: int) -> str:
@@ -71,4 +72,4 @@ def cut_log(log: str, lines: int = LOG_LINES) -> str:
     useful = [line for line in log.splitlines() if line.strip()]
     useful = [line for line in useful if not line.startswith("processed ")]
     end = next((i for i, line in enumerate(useful) if "END PROG LOAD LOG" in line), len(useful))
-    return "\n".join(useful[max(0, end - lines) : end])
+    return "\n".join(line[:LOG_WIDTH] for line in useful[max(0, end - lines) : end])

@@ -327,7 +327,9 @@ def get_pinned(path: Path) -> int | None:
 
 
 def is_link(fd: int) -> bool:
-    return Path(f"/proc/self/fd/{fd}").readlink().name.startswith("anon_inode:bpf_link")
+    """Whether it is a link rather than a program or map; kernels write it with - or _."""
+    kind = Path(f"/proc/self/fd/{fd}").readlink().name
+    return kind in {"anon_inode:bpf-link", "anon_inode:bpf_link"}
 
 
 def create_link(program: int, target: int, attach_type: int, name: str) -> int:

@@ -260,6 +260,9 @@ def finish(tree: pins.Pins, result: Loaded) -> None:
             pins.forget_layouts(tree, action.migration.source, keep="")
         logger.info("map %s: migrated", action.name)
     result.migrating.clear()
+    for name, path in pins.files(tree.maps).items():
+        if "~" in name:
+            path.unlink()  # of a start that was stopped between pin and rename
     for name, entry in result.definitions.items():
         if not any(pins.layouts(tree, name)):
             pins.note_layout(tree, name, _layout(*entry))

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Maps change size with their entries kept, wherever it is interrupted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from node.conftest import Compile, Installation
+
+from weir.api import address
+from weir.datapath import libbpf
+from weir.datapath.datapath import Datapath
+from weir.datapath.errors import DatapathError
+from weir.datapath.migrate import Migration
+from weir.datapath.records import Address, CtEntry, CtKey, Prefix, PrefixKey, Service, ServiceKey
+from weir.datapath.settings import Settings, Sizes
+
+A = address.parse("10.0.0.1")
+B = address.parse("2001:db8::1")
+BIGGER = Sizes(services=9000, prefixes=200_000, ct=9000, events=524_288)
+SERVICES = {ServiceKey(A, port, 6, 0): Service(port, 1, 0, 0) for port in range(1, 3001)}
+FLOWS = {CtKey(A, B, port, 80, 6): CtEntry(port, 1, 1, 0, A, 0) for port in range(1, 1001)}
+PREFIXES = {
+    PrefixKey(128, address.parse(f"10.1.{n // 250}.{n % 250}")): Prefix(n) for n in range(500)
+}
+
+
+def fill(datapath: Datapath) -> None:
+    datapath.tables.services.update(SERVICES)
+    datapath.tables.ct.update(FLOWS)
+    datapath.tables.prefixes.update(PREFIXES)
+
+
+def assert_complete(datapath: Datapath, root: Path) -> None:
+    assert dict(datapath.tables.services.items()) == SERVICES
+    assert dict(datapath.tables.ct.items()) == FLOWS
+    assert dict(datapath.tables.prefixes.items()) == PREFIXES
+    assert not [path for path in (root / "maps").iterdir() if "~" in path.name]
+    assert len(list((root / "progs").iterdir())) == 1
+
+
+def assert_programs_use(datapath: Datapath, root: Path) -> None:
+    """The program that runs counts into the map that is pinned."""
+    before = sum(row.packets for _, row in datapath.tables.metrics.items())
+    libbpf.run_program(datapath.programs["from_pod"], bytes(64))
+    assert sum(row.packets for _, row in datapath.tables.metrics.items()) == before + 1
+
+
+def test_a_new_size_keeps_the_entries(installation: Installation) -> None:
+    fill(installation.open())
+    datapath = installation.open(sizes=BIGGER)
+    assert datapath.tables.services.max_entries == 9000
+    assert datapath.tables.ct.max_entries == 9000
+    assert_complete(datapath, installation.root)
+    # And back again.
+    datapath = installation.open()
+    assert datapath.tables.services.max_entries == 4096
+    assert_complete(datapath, installation.root)
+
+
+def test_too_small_is_refused_and_nothing_changes(installation: Installation) -> None:
+    fill(installation.open())
+    with pytest.raises(DatapathError, match=r"migrate services.*the new size is 2000"):
+        installation.open(sizes=Sizes(services=2000))
+    assert_complete(installation.open(), installation.root)
+
+
+class Stopped(BaseException):
+    """The process ends here: no handler may go on."""
+
+
+STEPS: list[tuple[Any, str]] = [
+    (libbpf, "create_map"),
+    (libbpf, "pin"),
+    (libbpf, "update_link"),
+    (libbpf, "update"),
+    (libbpf.Object, "load"),
+    (Path, "rename"),
+    (Path, "unlink"),
+    (Path, "mkdir"),
+    (Path, "rmdir"),
+]
+
+
+class Stopper:
+    """Lets the first `survive` steps that change something happen, and stops at the next."""
+
+    def __init__(self, survive: int) -> None:
+        self.left = survive
+
+    def wrap(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if self.left == 0:
+                raise Stopped
+            self.left -= 1
+            return real(*args, **kwargs)
+
+        return step
+
+
+@pytest.mark.parametrize("then", [BIGGER, None], ids=["goes on", "goes back"])
+def test_stopped_anywhere_the_next_start_completes(
+    installation: Installation, then: Sizes | None
+) -> None:
+    survived = 0
+    while True:
+        fill(installation.open())
+        stopper = Stopper(survived)
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name in STEPS:
+                patch.setattr(owner, name, stopper.wrap(getattr(owner, name)))
+            try:
+                installation.open(sizes=BIGGER)
+                finished = True
+            except Stopped:
+                finished = False
+        datapath = installation.open(sizes=then)
+        expected = 9000 if then else 4096
+        assert datapath.tables.services.max_entries == expected, f"after {survived} steps"
+        assert_complete(datapath, installation.root)
+        assert_programs_use(datapath, installation.root)
+        installation.close()
+        Datapath.remove(installation.root)
+        if finished:
+            break
+        survived += 1
+    print(f"stopped at each of {survived} steps")
+    assert survived > 20
+
+
+def test_what_old_programs_wrote_meanwhile_comes_along(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An entry that appears in the old map after the copy, before the links are swapped."""
+    datapath = installation.open()
+    fill(datapath)
+    late = CtKey(A, B, 5000, 80, 6)
+    real = libbpf.Object.load
+
+    def load_later(self: libbpf.Object) -> None:
+        datapath.tables.ct.update({late: CtEntry(1, 1, 1, 0, A, 0)})
+        real(self)
+
+    # Another descriptor of the old map, as the old programs have one.
+    datapath.tables.ct.fd = os.dup(datapath.tables.ct.fd)
+    monkeypatch.setattr(libbpf.Object, "load", load_later)
+    after = installation.open(sizes=BIGGER)
+    os.close(datapath.tables.ct.fd)
+    assert after.tables.ct.get(late) is not None
+
+
+def test_a_registered_migration_converts(installation: Installation, mini: Compile) -> None:
+    """class: 32 bits → 16 bits, as OTHER_LAYOUT has it; zone 7 is new; class 9 is left out."""
+    datapath = installation.open()
+    datapath.tables.addresses.update({A: Address(258, 3), B: Address(9, 1)})
+    noted = next(p.name for p in (installation.root / "layouts").glob("addresses~*"))
+
+    def convert(key: bytes, value: bytes) -> tuple[bytes, bytes] | None:
+        if value[0] == 9:
+            return None
+        return key, value[:2] + b"\7\0" + value[4:]
+
+    migration = Migration("addresses", noted.partition("~")[2], "addresses", convert)
+    installation.close()
+    for _ in range(2):  # the second start finds it done
+        with pytest.raises(DatapathError, match="Address"):
+            # Its records are those of abi.h: the tables refuse, the map is migrated.
+            Datapath.open(
+                installation.root,
+                installation.cgroup,
+                Settings(),
+                objects=[mini(OTHER_LAYOUT=1)],
+                migrations=[migration],
+            )
