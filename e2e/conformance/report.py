@@ -2,7 +2,8 @@
 """What ginkgo says about specs: its output while it runs, and its JSON report at the end.
 
 The report is the authority for the result. The output is only read to show each spec as it ends;
-there, a spec is a block between two delimiters, its name first and its state last.
+there, a spec is a block behind a delimiter. With one process its name is the first line and its
+state comes at the end; with several, the state comes first and then the name.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 
 _DELIMITER = re.compile(r"^-{20,}$")
 _END = re.compile(r"^[•S] (?:\[(?P<state>[A-Z! -]+)\] )?\[(?P<seconds>[\d.]+) seconds\]")
+_LABELS = re.compile(r" \[[\w-]+(, [^\]]+)+\]$")  # a list behind the name, not part of it
 _NANOSECONDS = 1e9
 PASSED = "passed"
 SKIPPED = "skipped"
@@ -34,19 +36,24 @@ class Spec:
 
 
 def read_output(lines: Iterable[str]) -> Iterator[Spec]:
-    """The specs in ginkgo's verbose output, each as soon as its last line is there."""
+    """The specs in ginkgo's verbose output, each as soon as its lines are there."""
     name: str | None = None
-    after_delimiter = False
+    ended: re.Match[str] | None = None
+    fresh = False  # right behind a delimiter
     for line in lines:
         text = line.strip()
         if _DELIMITER.match(text):
-            after_delimiter, name = True, None
-        elif after_delimiter:
-            after_delimiter, name = False, text
-        if name and (match := _END.match(text)):
-            state = (match["state"] or PASSED).strip("!").lower()
-            yield Spec(name, state, float(match["seconds"]))
-            name = None
+            name, ended, fresh = None, None, True
+            continue
+        if match := _END.match(text):
+            ended = match
+        elif fresh or (ended and not name):
+            name = text
+        fresh = False
+        if name and ended:
+            state = (ended["state"] or PASSED).strip("!").lower()
+            yield Spec(_LABELS.sub("", name), state, float(ended["seconds"]))
+            name, ended = None, None
 
 
 def read_report(path: Path) -> list[Spec]:
