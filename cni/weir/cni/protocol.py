@@ -107,8 +107,11 @@ class _Config(msgspec.Struct, frozen=True):
     cni_version: str = msgspec.field(default="", name="cniVersion")
     dns: Dns = NO_DNS
     prev_result: msgspec.Raw = msgspec.field(default=NOTHING, name="prevResult")
-    valid_attachments: tuple[Attachment, ...] | None = msgspec.field(
-        default=None, name="cni.dev/valid-attachments"
+    valid_attachments: tuple[Attachment, ...] | None | msgspec.UnsetType = msgspec.field(
+        default=msgspec.UNSET, name="cni.dev/valid-attachments"
+    )
+    attachments: tuple[Attachment, ...] | None | msgspec.UnsetType = msgspec.field(
+        default=msgspec.UNSET, name="cni.dev/attachments"
     )
 
 
@@ -126,7 +129,8 @@ class _Versions(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class CniRequest:
-    """One call. Fields that a command does not need are empty."""
+    """One call. Fields that a command does not need are empty. `valid` None: GC was not told
+    what lives."""
 
     command: Command
     version: str
@@ -137,7 +141,7 @@ class CniRequest:
     pod: PodRef = NO_POD
     dns: Dns = NO_DNS
     prev_result: Result | None = None
-    valid: frozenset[tuple[str, str]] = frozenset()
+    valid: frozenset[tuple[str, str]] | None = None
 
     def __str__(self) -> str:
         return f"{self.command} {self.container_id or self.network} {self.pod}"
@@ -162,12 +166,6 @@ def parse(env: Mapping[str, str], config: bytes) -> CniRequest:
         )
     command = _command(env.get("CNI_COMMAND", ""), parsed.cni_version)
     _check_environment(command, env)
-    if command is Command.GC and parsed.valid_attachments is None:
-        raise CniError(
-            "the configuration lacks cni.dev/valid-attachments",
-            details="GC without it would remove every pod's network",
-            code=Code.INVALID_CONFIG,
-        )
     if command is Command.CHECK and bytes(parsed.prev_result) == b"null":
         raise CniError("CHECK needs prevResult in the configuration", code=Code.INVALID_CONFIG)
     return CniRequest(
@@ -181,7 +179,7 @@ def parse(env: Mapping[str, str], config: bytes) -> CniRequest:
         dns=parsed.dns,
         # DEL must not fail for what it does not need
         prev_result=_prev_result(parsed) if command in (Command.ADD, Command.CHECK) else None,
-        valid=frozenset((a.container_id, a.ifname) for a in parsed.valid_attachments or ()),
+        valid=_valid(parsed),
     )
 
 
@@ -274,6 +272,15 @@ def _decode(data: bytes | msgspec.Raw, kind: type[T], what: str) -> T:
         raise CniError(
             f"the {what} is not JSON", details=str(failure), code=Code.DECODE_FAILURE
         ) from failure
+
+
+def _valid(config: _Config) -> frozenset[tuple[str, str]] | None:
+    """null is an empty list, as Go writes one. The shorter key is what the specification's
+    first text said, and what runtimes of that time send."""
+    for given in (config.valid_attachments, config.attachments):
+        if given is not msgspec.UNSET:
+            return frozenset((a.container_id, a.ifname) for a in given or ())
+    return None
 
 
 def _prev_result(config: _Config) -> Result | None:

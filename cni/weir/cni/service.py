@@ -224,14 +224,17 @@ class CniService:
     async def _collect(self, request: CniRequest) -> CniReply:
         """Takes back what the runtime no longer knows, and what no endpoint has.
 
-        Containers with a call under way are left alone: the runtime may have made its list
-        before it.
+        Without a list (cnitool sends none) only what has no link any more goes: to read it as
+        "nothing lives" would cut off every pod. Containers with a call under way are left
+        alone: the runtime may have made its list before it.
         """
-        garbage = [
-            (e.container_id, e.ifname)
-            for e in self._store.endpoints.values()
-            if e.network == request.network and (e.container_id, e.ifname) not in request.valid
-        ]
+        mine = [e for e in self._store.endpoints.values() if e.network == request.network]
+        if request.valid is None:
+            links = await self._wiring.host_links()
+            gone = [e for e in mine if e.host_ifname not in links]
+        else:
+            gone = [e for e in mine if (e.container_id, e.ifname) not in request.valid]
+        garbage = [(e.container_id, e.ifname) for e in gone]
         garbage += [key for key in self._ipam.leases if key[0] not in self._store.endpoints]
         failures = []
         for key in garbage:
