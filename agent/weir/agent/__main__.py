@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m weir.agent --config FILE`, and `cleanup`, which takes Weir off the node."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from weir.agent import app, uninstall
+from weir.agent.config import Config, load
+from weir.agent.errors import ConfigError
+from weir.cni.errors import CniError
+from weir.datapath.errors import DatapathError
+
+logger = logging.getLogger("weir.agent")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m weir.agent",
+        description="The node agent of Weir: wires pods and keeps the datapath's maps.",
+        epilog="NODE_NAME, POD_NAMESPACE and HOST_IP come from the environment.",
+    )
+    parser.add_argument(
+        "--config", type=Path, required=True, help="YAML file; charts/weir documents the keys"
+    )
+    parser.add_argument(
+        "action",
+        nargs="?",
+        choices=["run", "cleanup"],
+        default="run",
+        help="cleanup removes every trace of Weir from the node",
+    )
+    arguments = parser.parse_args()
+    try:
+        config = load(arguments.config, os.environ)
+    except ConfigError as error:
+        sys.stderr.write(f"weir-agent: {error}\n")
+        return 2
+    logging.basicConfig(
+        level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    if arguments.action == "cleanup":
+        return uninstall.clean(config)
+    # The state is many small long-lived objects: without this every full collection walks them.
+    gc.set_threshold(10_000, 50, 100)
+    try:
+        asyncio.run(_until_signal(config))
+    except (DatapathError, CniError) as error:
+        logger.critical("%s", error)
+        return 1
+    return 0
+
+
+async def _until_signal(config: Config) -> None:
+    loop = asyncio.get_running_loop()
+    task = asyncio.ensure_future(app.start(config))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        logger.info("stopped; everything in the kernel stays in place")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

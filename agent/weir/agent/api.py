@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HTTP of the agent: the command line's API on a unix socket, health and metrics on a port."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+from aiohttp import web
+
+from weir.agent import metrics, views
+from weir.agent.events import DROPS, EVERYTHING, Events
+from weir.agent.reconciler import Reconciler
+from weir.agent.stream import StreamState
+from weir.datapath.records import Metric, MetricKey
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 5.0
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Agent(Protocol):
+    """What the API shows."""
+
+    reconciler: Reconciler
+    events: Events
+
+    @property
+    def stream_state(self) -> StreamState: ...
+
+    def status(self) -> views.StatusView: ...
+
+    def why_not(self) -> str: ...
+
+    def counters(self) -> list[tuple[MetricKey, Metric]]: ...
+
+
+def local_api(agent: Agent) -> web.Application:
+    async def status(_request: web.Request) -> web.Response:
+        return _json(agent.status())
+
+    async def endpoints(_request: web.Request) -> web.Response:
+        return _json(views.endpoints(agent.reconciler.projection))
+
+    async def services(_request: web.Request) -> web.Response:
+        return _json(views.services(agent.reconciler.projection))
+
+    async def policies(_request: web.Request) -> web.Response:
+        return _json(views.policies(agent.reconciler.projection))
+
+    app = web.Application()
+    app.router.add_get("/v1/status", status)
+    app.router.add_get("/v1/endpoints", endpoints)
+    app.router.add_get("/v1/services", services)
+    app.router.add_get("/v1/policies", policies)
+    app.router.add_get("/v1/events", _events(agent))
+    return app
+
+
+def _events(agent: Agent) -> Handler:
+    async def events(request: web.Request) -> web.StreamResponse:
+        mask = EVERYTHING if request.query.get("all") == "1" else DROPS
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await response.prepare(request)
+        async with agent.events.subscribe(mask) as subscriber:
+            # The first line says that events flow from now on.
+            await response.write(b"{}\n")
+            while True:
+                try:
+                    async with asyncio.timeout(HEARTBEAT_SECONDS):
+                        line = msgspec.json.encode(await subscriber.get())
+                except TimeoutError:
+                    # Finds out whether the client is still there.
+                    line = b"{}"
+                try:
+                    await response.write(line + b"\n")
+                except ConnectionError:
+                    return response
+
+    return events
+
+
+def health(agent: Agent) -> web.Application:
+    async def healthz(_request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def readyz(_request: web.Request) -> web.Response:
+        reason = agent.why_not()
+        return web.Response(text=f"{reason or 'ok'}\n", status=503 if reason else 200)
+
+    async def scrape(_request: web.Request) -> web.Response:
+        counters = await asyncio.to_thread(agent.counters)
+        families = metrics.datapath_families(counters)
+        families += metrics.agent_families(
+            agent.reconciler, agent.stream_state, not agent.why_not()
+        )
+        return web.Response(
+            text=metrics.render(families), headers={"Content-Type": "text/plain; version=0.0.4"}
+        )
+
+    app = web.Application()
+    app.router.add_get("/healthz", healthz)
+    app.router.add_get("/readyz", readyz)
+    app.router.add_get("/metrics", scrape)
+    return app
+
+
+def unix_socket(path: Path) -> socket.socket:
+    """Takes the path over by a rename; root's alone from the first moment."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        listener.bind(str(fresh))
+        fresh.chmod(0o600)
+        listener.listen(64)
+        listener.setblocking(False)
+        fresh.rename(path)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+async def serve(app: web.Application, listener: socket.socket) -> None:
+    """Until cancelled. Streams under way are cut."""
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
+    await runner.setup()
+    try:
+        await web.SockSite(runner, listener).start()
+        await asyncio.get_running_loop().create_future()
+    finally:
+        await runner.cleanup()
+
+
+def _json(value: object) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json")

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carries out a group of a plan, and compares the kernel's tables with the desired rows.
+
+Everything here blocks and runs in a thread; it chooses nothing but what a full map forces:
+what does not fit is left out in a way that lets less through, never more, and is named in the
+outcome.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from weir.agent.plan import AnyOp
+from weir.api.address import cidr
+from weir.datapath import records
+from weir.datapath.errors import DatapathError, TableFull
+from weir.datapath.table import TableLike
+
+logger = logging.getLogger(__name__)
+
+AnyTable = TableLike[Any, Any]
+"""A table of any key and value: this module moves rows without looking into most of them."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """`failed`: the group stopped there, the kernel is somewhere between old and new."""
+
+    failed: DatapathError | None = None
+    rejected: dict[str, set[Hashable]] = field(default_factory=dict)
+    written: int = 0
+    deleted: int = 0
+
+
+def apply_group(ops: Iterable[AnyOp], tables: Mapping[str, AnyTable]) -> Outcome:
+    outcome = Outcome()
+    for op in ops:
+        table = tables[op.table]
+        upserts: Mapping[Hashable, Any] = op.upserts
+        if op.table == "services" and outcome.rejected.get("backends"):
+            upserts = _shortened(upserts, outcome)
+        try:
+            _write(table, upserts, outcome)
+            table.delete(op.deletes)
+        except DatapathError as error:
+            outcome.failed = error
+            return outcome
+        outcome.written += len(upserts)
+        outcome.deleted += len(op.deletes)
+    return outcome
+
+
+def _write(table: AnyTable, rows: Mapping[Hashable, Any], outcome: Outcome) -> None:
+    if not rows:
+        return
+    try:
+        table.update(rows)
+    except TableFull as error:
+        left = _squeeze(table, rows)
+        if table.name == "prefixes":
+            left |= _withhold_wider(table, left)
+        logger.warning("%s: %d rows left out", error, len(left))
+        outcome.rejected.setdefault(table.name, set()).update(left)
+
+
+def _squeeze(table: AnyTable, rows: Mapping[Hashable, Any]) -> set[Hashable]:
+    """Write what still fits. Returns the keys that do not."""
+    present = {key: row for key, row in rows.items() if table.get(key) is not None}
+    if present:
+        try:
+            table.update(present)
+        except TableFull:
+            present = _one_by_one(table, present)
+    absent = [key for key in rows if key not in present]
+    chunk = len(absent)
+    done = 0
+    while chunk and done < len(absent):
+        some = absent[done : done + chunk]
+        try:
+            table.update({key: rows[key] for key in some})
+            done += len(some)
+        except TableFull:
+            chunk //= 2
+    return set(absent[done:])
+
+
+def _one_by_one(table: AnyTable, rows: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    done = {}
+    for key, row in rows.items():
+        try:
+            table.update({key: row})
+        except TableFull:
+            # An old value may say more than the new one: no row is the safe answer.
+            table.delete([key])
+        else:
+            done[key] = row
+    return done
+
+
+def _withhold_wider(table: AnyTable, left: set[Hashable]) -> set[Hashable]:
+    """A prefix that is missing would get the class of a wider one, which may be in an ipBlock
+    that excepts it: take the wider ones away too. Their addresses are then of no ipBlock."""
+    lengths = {key.bits for key, _ in table.items()}
+    wider: set[Hashable] = set()
+    for key in left:
+        if isinstance(key, records.PrefixKey):
+            wider |= {
+                records.PrefixKey(bits, cidr(key.address, bits).address)
+                for bits in lengths
+                if bits < key.bits
+            }
+    gone = {key for key in wider if table.get(key) is not None}
+    table.delete(gone)
+    return gone
+
+
+def _shortened(services: Mapping[Hashable, Any], outcome: Outcome) -> dict[Hashable, Any]:
+    """Services whose slots did not all fit get those before the first missing one."""
+    first: dict[int, int] = {}
+    for key in outcome.rejected["backends"]:
+        if isinstance(key, records.BackendKey):
+            first[key.service] = min(key.slot, first.get(key.service, key.slot))
+    short = {}
+    for key, row in services.items():
+        count = min(row.count, first.get(row.id, row.count))
+        if count != row.count:
+            outcome.rejected.setdefault("services", set()).add(key)
+        short[key] = records.Service(row.id, count, row.flags, row.affinity_seconds)
+    return short
+
+
+def compare(table: AnyTable, desired: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Keys at which the kernel differs, with what it holds there (None: nothing).
+
+    Memory holds the differences and a set of keys, not the table.
+    """
+    missing = set(desired)
+    differing: dict[Any, Any] = {}
+    for key, row in table.items():
+        if key in missing:
+            missing.discard(key)
+            if desired.get(key) != row:
+                differing[key] = row
+        else:
+            differing[key] = row
+    differing.update(dict.fromkeys(missing))
+    return differing

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Events of the datapath in the words of the cluster: pods, policies, near misses.
+
+A near miss is a rule of the policies that denied a packet which matches all but the port, or
+all but the peer: most often that is the mistake.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+from weir.agent import resources
+from weir.agent.errors import BadResource
+from weir.agent.policy import PolicyRule
+from weir.agent.tables import Projection
+from weir.api.address import Addr, text
+from weir.datapath.records import Direction, DropReason, Event, EventKind
+
+PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
+
+
+class Party(msgspec.Struct, frozen=True):
+    """One end of a packet. pod: namespace/name, or a word for what else it is, or empty."""
+
+    address: str
+    port: int
+    pod: str
+
+
+class Explained(msgspec.Struct, frozen=True):
+    """An event for people and for JSON. policies: namespace/name of those that decided."""
+
+    time: float
+    verdict: str
+    reason: str
+    direction: str
+    protocol: str
+    source: Party
+    destination: Party
+    policies: tuple[str, ...]
+    near_miss: str
+    bytes: int
+
+
+class Explainer:
+    def __init__(self, projection: Projection, encoded: Mapping[str, bytes]) -> None:
+        self._projection = projection
+        self._encoded = encoded
+
+    def explain(self, event: Event, clock: Callable[[], float] = time.time) -> Explained:
+        dropped = event.kind == EventKind.DROP
+        policies, near_miss = self._decided(event)
+        behind = (time.monotonic_ns() - event.time_ns) / 1e9
+        return Explained(
+            time=clock() - behind,
+            verdict="drop" if dropped else "allow",
+            reason=_reason(event.reason) if dropped else "",
+            direction=Direction(event.direction).name.lower() if event.direction < 2 else "",
+            protocol=PROTOCOLS.get(event.protocol, str(event.protocol)),
+            source=self._party(event.source, event.source_port),
+            destination=self._party(event.destination, event.destination_port),
+            policies=policies,
+            near_miss=near_miss,
+            bytes=event.length,
+        )
+
+    def pod_name(self, addr: Addr) -> str:
+        located = self._projection.placement.located(addr)
+        if located is not None:
+            return str(located.endpoint.pod)
+        encoded = self._encoded.get(f"address/{addr.hex()}")
+        if encoded is not None:
+            try:
+                _, item = resources.parse(encoded)
+            except BadResource:
+                return ""
+            if isinstance(item, resources.Address):
+                return f"{item.namespace}/{item.pod}"
+        for node in self._projection.routes.nodes.values():
+            if addr in node.addresses:
+                return f"node {node.name}"
+        return ""
+
+    def _party(self, addr: Addr, port: int) -> Party:
+        return Party(text(addr), port, self.pod_name(addr))
+
+    def _decided(self, event: Event) -> tuple[tuple[str, ...], str]:
+        if event.rule:
+            rule = self._projection.rule_numbers.key(event.rule)
+            return ((f"{rule.namespace}/{rule.policy}",) if rule else ()), ""
+        if not event.rule_set:
+            return (), ""
+        policy = self._projection.policy
+        names = tuple("/".join(name) for name in policy.policies_of(event.rule_set))
+        return names, self._near_miss(event)
+
+    def _near_miss(self, event: Event) -> str:
+        egress = event.direction == Direction.EGRESS
+        peer = event.destination_class if egress else event.source_class
+        subject = event.source_class if egress else event.destination_class
+        content = self._projection.identity.content(peer)
+        named = self._projection.identity.content(peer if egress else subject).ports
+        for rule in self._projection.policy.rules_of(event.rule_set):
+            by_peer = rule.peers is None or not rule.peers.isdisjoint(content.selectors)
+            by_port = _port_matches(rule, event, {(p.name, p.protocol, p.port) for p in named})
+            label = self._projection.rule_numbers.key(rule.number)
+            if by_peer == by_port or label is None:
+                continue
+            where = f"{'egress' if egress else 'ingress'} rule {rule.index}"
+            name = f"{label.namespace}/{label.policy}"
+            missed = "port" if by_peer else "peer"
+            return f"{where} of {name} matches all but the {missed}"
+        return ""
+
+
+def _port_matches(rule: PolicyRule, event: Event, named: set[tuple[str, int, int]]) -> bool:
+    if not rule.ports:
+        return True
+    port, protocol = event.destination_port, event.protocol
+    for spec in rule.ports:
+        if spec.name and (spec.name, protocol, port) in named and spec.protocol == protocol:
+            return True
+        for prefix in spec.prefixes:
+            if prefix.protocol == protocol and prefix.port >> (16 - prefix.bits) == port >> (
+                16 - prefix.bits
+            ):
+                return True
+    return False
+
+
+def _reason(number: int) -> str:
+    try:
+        return DropReason(number).name.lower().replace("_", "-")
+    except ValueError:
+        return f"reason {number}"

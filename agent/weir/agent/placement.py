@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is where: rows of `addresses`, `prefixes` and `endpoints`.
+
+An address is looked up in this order: a pod wired here, a node's address, a pod elsewhere. A
+local pod's class is that of its labels (`pod` resource) joined with the ipBlocks that contain
+the address; its policy is taken from that class. A local pod whose class is unknown is in the
+rule set that lets nothing through.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from weir.agent.classes import ClassContent
+from weir.agent.identity import (
+    CLASS_FIRST,
+    CLASS_HOST,
+    CLASS_UNKNOWN,
+    CLASS_WORLD,
+    Identity,
+)
+from weir.agent.policy import DENY_ALL, PolicyTables, SubjectPolicy
+from weir.agent.resources import WireClass
+from weir.agent.rows import Rows
+from weir.api.address import Addr, Cidr, cidr
+from weir.cni.endpoint import LocalEndpoint
+from weir.datapath import records
+
+LOCAL_HOST = 1
+REMOTE_NODE = 2
+
+NO_POLICY = SubjectPolicy(records.Isolation(0, 0), records.Isolation(0, 0))
+NOTHING_PASSES = SubjectPolicy(records.Isolation(DENY_ALL, 0), records.Isolation(DENY_ALL, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """One address of a pod wired here, and its class number."""
+
+    endpoint: LocalEndpoint
+    number: int
+
+
+class Placement:
+    def __init__(self, identity: Identity, policy: PolicyTables) -> None:
+        self.addresses: Rows[Addr, records.Address] = Rows("addresses")
+        self.prefixes: Rows[records.PrefixKey, records.Prefix] = Rows("prefixes")
+        self.endpoints: Rows[Addr, records.Endpoint] = Rows("endpoints")
+        self._identity = identity
+        self._policy = policy
+        self._pods: dict[Addr, WireClass] = {}
+        self._members: dict[WireClass, set[Addr]] = {}
+        self._prefixes: dict[Cidr, WireClass] = {}
+        self._lengths: Counter[int] = Counter()
+        self._uids: dict[str, WireClass] = {}
+        self._nodes: Mapping[Addr, int] = {}
+        self._node_numbers: dict[Addr, int] = {}
+        self._local: dict[str, LocalEndpoint] = {}
+        self._last: dict[str, ClassContent] = {}
+        self._located: dict[Addr, Located] = {}
+        self._dirty: set[Addr] = set()
+        self._dirty_prefixes: set[Cidr] = set()
+        self._dirty_local = False
+        self._dirty_nodes = False
+        self._pooled: dict[tuple[int, int], records.Address] = {}
+
+    # ---- inputs
+
+    def set_pod_address(self, addr: Addr, wire: WireClass | None) -> None:
+        old = self._pods.pop(addr, None)
+        if old is not None:
+            self._members[old].discard(addr)
+            if not self._members[old]:
+                del self._members[old]
+        if wire is not None:
+            self._pods[addr] = wire
+            self._members.setdefault(wire, set()).add(addr)
+        self._dirty.add(addr)
+
+    def set_prefix(self, prefix: Cidr, wire: WireClass | None) -> None:
+        if self._prefixes.pop(prefix, None) is not None:
+            self._lengths[prefix.bits] -= 1
+        if wire is not None:
+            self._prefixes[prefix] = wire
+            self._lengths[prefix.bits] += 1
+        self._dirty_prefixes.add(prefix)
+        self._dirty_local = self._dirty_nodes = True
+
+    def set_pod(self, uid: str, wire: WireClass | None) -> None:
+        if wire is None:
+            self._uids.pop(uid, None)
+        else:
+            self._uids[uid] = wire
+        self._dirty_local = True
+
+    def set_nodes(self, nodes: Mapping[Addr, int]) -> None:
+        """Every node's own addresses with their flags."""
+        if nodes != self._nodes:
+            self._nodes = nodes
+            self._dirty_nodes = True
+
+    def set_endpoint(self, endpoint: LocalEndpoint) -> None:
+        self._local[endpoint.container_id] = endpoint
+        self._dirty_local = True
+
+    def remove_endpoint(self, container_id: str) -> None:
+        self._last.pop(container_id, None)
+        if self._local.pop(container_id, None) is not None:
+            self._dirty_local = True
+
+    def classes_changed(self, changed: Iterable[WireClass]) -> None:
+        changed = set(changed)
+        for wire in changed:
+            self._dirty |= self._members.get(wire, set())
+        self._dirty_prefixes |= {p for p, wire in self._prefixes.items() if wire in changed}
+        if changed:
+            self._dirty_local = self._dirty_nodes = True
+
+    # ---- questions
+
+    @property
+    def local(self) -> Mapping[str, LocalEndpoint]:
+        return self._local
+
+    def has_identity(self, uid: str) -> bool:
+        wire = self._uids.get(uid)
+        return wire is not None and self._identity.known(wire)
+
+    def located(self, addr: Addr) -> Located | None:
+        return self._located.get(addr)
+
+    # ---- projection
+
+    def locate(self) -> None:
+        """Classes of local pods and nodes; before the policy join, which needs the subjects."""
+        if self._dirty_local:
+            self._dirty_local = False
+            self._locate_pods()
+        if self._dirty_nodes:
+            self._dirty_nodes = False
+            self._locate_nodes()
+
+    def project(self, moved_subjects: set[int]) -> None:
+        """Rows; after the policy join."""
+        while self._dirty_prefixes:
+            self._project_prefix(self._dirty_prefixes.pop())
+        dirty, self._dirty = self._dirty, set()
+        for addr in dirty:
+            self.addresses.set(addr, self._address_row(addr))
+            if addr not in self._located:
+                self.endpoints.drop(addr)
+        for addr, located in self._located.items():
+            if addr in dirty or located.number in moved_subjects:
+                self.endpoints.put(addr, self._endpoint_row(located))
+
+    def _locate_pods(self) -> None:
+        wanted: dict[Addr, Located] = {}
+        for endpoint in self._local.values():
+            for addr in endpoint.addresses:
+                wanted[addr] = Located(endpoint, self._pod_number(endpoint, addr))
+        old, self._located = self._located, wanted
+        for addr in old.keys() | wanted.keys():
+            if old.get(addr) != wanted.get(addr):
+                self._dirty.add(addr)
+        for located in old.values():
+            self._identity.unuse(located.number)
+        self._policy.set_subjects(
+            {item.number for item in wanted.values() if item.number >= CLASS_FIRST}
+        )
+
+    def _pod_number(self, endpoint: LocalEndpoint, addr: Addr) -> int:
+        """One use of a number, given back when the endpoint is located anew."""
+        if not endpoint.pod.uid:
+            return CLASS_WORLD
+        base = self._base(endpoint, addr)
+        if base is None:
+            return CLASS_UNKNOWN
+        return self._identity.use(base | self._identity.content(self._prefix_number(addr)))
+
+    def _base(self, endpoint: LocalEndpoint, addr: Addr) -> ClassContent | None:
+        """What the pod's labels make it. A pod that is gone from the API but still runs keeps
+        what it was."""
+        wire = self._uids.get(endpoint.pod.uid)
+        if wire is not None and self._identity.known(wire):
+            base = self._identity.content(self._identity.number(wire))
+            self._last[endpoint.container_id] = base
+            return base
+        last = self._last.get(endpoint.container_id)
+        wire = self._pods.get(addr)
+        if last is None and wire is not None and self._identity.known(wire):
+            return self._identity.content(self._identity.number(wire))
+        return last
+
+    def _locate_nodes(self) -> None:
+        numbers: dict[Addr, int] = {}
+        for addr, flags in self._nodes.items():
+            if flags & LOCAL_HOST:
+                numbers[addr] = CLASS_HOST
+                continue
+            number = self._prefix_number(addr)
+            if number >= CLASS_FIRST:
+                number = self._identity.use(self._identity.content(number))
+            numbers[addr] = number
+        old, self._node_numbers = self._node_numbers, numbers
+        for number in old.values():
+            self._identity.unuse(number)
+        self._dirty |= old.keys() | numbers.keys()
+
+    def _prefix_number(self, addr: Addr) -> int:
+        """The class of the longest ipBlock prefix that contains an address."""
+        for bits in sorted((bits for bits, count in self._lengths.items() if count), reverse=True):
+            wire = self._prefixes.get(cidr(addr, bits))
+            if wire is not None:
+                return self._identity.number(wire)
+        return CLASS_WORLD
+
+    def _project_prefix(self, prefix: Cidr) -> None:
+        wire = self._prefixes.get(prefix)
+        key = records.PrefixKey(prefix.bits, prefix.address)
+        row = records.Prefix(self._identity.number(wire)) if wire is not None else None
+        self.prefixes.set(key, row)
+
+    def _address_row(self, addr: Addr) -> records.Address | None:
+        located = self._located.get(addr)
+        if located is not None:
+            return self._row(located.number, 0)
+        if addr in self._nodes:
+            return self._row(self._node_numbers[addr], self._nodes[addr])
+        wire = self._pods.get(addr)
+        return self._row(self._identity.number(wire), 0) if wire is not None else None
+
+    def _row(self, number: int, flags: int) -> records.Address:
+        row = self._pooled.get((number, flags))
+        if row is None:
+            row = self._pooled[number, flags] = records.Address(number, flags)
+        return row
+
+    def _endpoint_row(self, located: Located) -> records.Endpoint:
+        endpoint, number = located.endpoint, located.number
+        if number == CLASS_UNKNOWN:
+            policy = NOTHING_PASSES
+        elif number == CLASS_WORLD:
+            policy = NO_POLICY
+        else:
+            policy = self._policy.isolation(number)
+        return records.Endpoint(
+            endpoint.ifindex,
+            number,
+            policy.egress,
+            policy.ingress,
+            endpoint.mac,
+            endpoint.host_mac,
+        )

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Resources as the operator names them, parsed once from their encoded form.
+
+Everything past `parse` works on these. Numbers are the sending operator's own; sizes and
+shapes are checked here, because what comes over the wire is not trusted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NewType
+
+from google.protobuf.message import DecodeError
+
+from weir.agent.errors import BadResource
+from weir.api.address import Addr, Cidr, is_ipv4
+from weir.api.v1 import weir_pb2
+
+WireSelector = NewType("WireSelector", int)
+WireClass = NewType("WireClass", int)
+
+MAX_PORT = 65535
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePort:
+    name: str
+    protocol: int
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    namespace: str
+    name: str
+    cluster_ips: tuple[Addr, ...]
+    ports: tuple[ServicePort, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SliceEndpoint:
+    address: Addr
+    ready: bool
+    serving: bool
+    terminating: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    namespace: str
+    service: str
+    ports: tuple[ServicePort, ...]
+    endpoints: tuple[SliceEndpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    name: str
+    addresses: tuple[Addr, ...]
+    pod_cidrs: tuple[Cidr, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    number: WireSelector
+    key: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class NamedPort:
+    name: str
+    protocol: int
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Class:
+    number: WireClass
+    selectors: tuple[WireSelector, ...]
+    named_ports: tuple[NamedPort, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PortRange:
+    protocol: int
+    first: int
+    last: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    egress: bool
+    index: int
+    any_peer: bool
+    peers: tuple[WireSelector, ...]
+    ports: tuple[PortRange, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    namespace: str
+    name: str
+    subject: WireSelector
+    ingress: bool
+    egress: bool
+    rules: tuple[Rule, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    address: Addr
+    wire_class: WireClass
+    namespace: str
+    pod: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    cidr: Cidr
+    wire_class: WireClass
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    namespace: str
+    name: str
+    uid: str
+    wire_class: WireClass
+
+
+Resource = Service | Slice | Node | Selector | Class | Policy | Address | Prefix | Pod
+
+
+def resource_name(encoded: bytes) -> str:
+    """The name alone. Raises BadResource when it has none or cannot be decoded."""
+    try:
+        name = weir_pb2.Resource.FromString(encoded).name
+    except DecodeError as error:
+        raise BadResource("?", f"cannot be decoded: {error}") from error
+    if not name:
+        raise BadResource("?", "has no name")
+    return name
+
+
+def parse(encoded: bytes) -> tuple[str, Resource]:
+    """A resource and its name. Raises BadResource."""
+    try:
+        message = weir_pb2.Resource.FromString(encoded)
+    except DecodeError as error:
+        raise BadResource("?", f"cannot be decoded: {error}") from error
+    kind = message.WhichOneof("kind")
+    if not message.name or kind is None:
+        raise BadResource(message.name or "?", "has no name or no content")
+    try:
+        item = _parse(kind, message)
+    except ValueError as error:
+        raise BadResource(message.name, str(error)) from error
+    if expected_name(item, message.name) != message.name:
+        raise BadResource(message.name, "its name is not that of its content")
+    return message.name, item
+
+
+def expected_name(item: Resource, name: str) -> str:
+    """What a resource must be called, so that its removal by name finds it."""
+    match item:
+        case Service() | Policy():
+            kind = "service" if isinstance(item, Service) else "policy"
+            return f"{kind}/{item.namespace}/{item.name}"
+        case Node():
+            return f"node/{item.name}"
+        case Selector():
+            return f"selector/{item.number}"
+        case Class():
+            return f"class/{item.number}"
+        case Address():
+            return f"address/{item.address.hex()}"
+        case Prefix():
+            return f"prefix/{item.cidr.address.hex()}/{item.cidr.bits}"
+        case Pod():
+            return f"pod/{item.uid}"
+        case Slice():
+            return name if name.startswith("slice/") else ""
+
+
+def _parse(kind: str, message: weir_pb2.Resource) -> Resource:
+    match kind:
+        case "service":
+            return _service(message.service)
+        case "slice":
+            return _slice(message.slice)
+        case "node":
+            node = message.node
+            return Node(node.name, _addrs(node.addresses), tuple(map(_cidr, node.pod_cidrs)))
+        case "selector":
+            return Selector(WireSelector(message.selector.number), message.selector.key)
+        case "class":
+            return _class(getattr(message, "class"))
+        case "policy":
+            return _policy(message.policy)
+        case "address":
+            item = message.address
+            wire_class = WireClass(getattr(item, "class"))
+            return Address(_addr(item.address), wire_class, item.namespace, item.pod)
+        case "prefix":
+            prefix = message.prefix
+            return Prefix(_cidr(prefix.cidr), WireClass(getattr(prefix, "class")))
+        case _:
+            pod = message.pod
+            return Pod(pod.namespace, pod.name, pod.uid, WireClass(getattr(pod, "class")))
+
+
+def _addr(raw: bytes) -> Addr:
+    if len(raw) != 16:
+        raise ValueError(f"address of {len(raw)} bytes")
+    return Addr(raw)
+
+
+def _addrs(raws: object) -> tuple[Addr, ...]:
+    return tuple(_addr(raw) for raw in raws)  # type: ignore[attr-defined]  # protobuf container
+
+
+def _cidr(message: weir_pb2.Cidr) -> Cidr:
+    return Cidr(_addr(message.address), message.bits)
+
+
+def _port(port: int, protocol: int) -> int:
+    if not 0 < port <= MAX_PORT or not 0 < protocol < 256:
+        raise ValueError(f"port {port} of protocol {protocol}")
+    return port
+
+
+def _service(message: weir_pb2.Service) -> Service:
+    ports = tuple(ServicePort(p.name, p.protocol, _port(p.port, p.protocol)) for p in message.ports)
+    return Service(message.namespace, message.name, _addrs(message.cluster_ips), ports)
+
+
+def _slice(message: weir_pb2.Slice) -> Slice:
+    ports = tuple(ServicePort(p.name, p.protocol, _port(p.port, p.protocol)) for p in message.ports)
+    endpoints = tuple(
+        SliceEndpoint(_addr(e.address), e.ready, e.serving, e.terminating)
+        for e in message.endpoints
+    )
+    return Slice(message.namespace, message.service, ports, endpoints)
+
+
+def _class(message: weir_pb2.Class) -> Class:
+    selectors = tuple(WireSelector(number) for number in message.selectors)
+    ports = tuple(
+        sorted(
+            NamedPort(p.name, p.protocol, _port(p.port, p.protocol)) for p in message.named_ports
+        )
+    )
+    return Class(WireClass(message.number), selectors, ports)
+
+
+def _range(message: weir_pb2.PortRange) -> PortRange:
+    if not 0 < message.protocol < 256:
+        raise ValueError(f"protocol {message.protocol}")
+    if not message.name and not message.first <= message.last <= MAX_PORT:
+        raise ValueError(f"port range {message.first}-{message.last}")
+    return PortRange(message.protocol, message.first, message.last, message.name)
+
+
+def _policy(message: weir_pb2.Policy) -> Policy:
+    rules = tuple(
+        Rule(
+            rule.egress,
+            rule.index,
+            rule.any_peer,
+            tuple(WireSelector(number) for number in rule.peers),
+            tuple(map(_range, rule.ports)),
+        )
+        for rule in message.rules
+    )
+    subject = WireSelector(message.subject)
+    return Policy(message.namespace, message.name, subject, message.ingress, message.egress, rules)
+
+
+def full_length(addr: Addr) -> Cidr:
+    """The prefix that is exactly this address."""
+    return Cidr(addr, 128)
+
+
+def same_family(first: Addr, second: Addr) -> bool:
+    return is_ipv4(first) == is_ipv4(second)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes Weir off a node: CNI files, programs, maps, device, routes, state.
+
+`python -m weir.agent.uninstall` is what the chart runs with `uninstall=true`: it cleans, says so
+in /tmp/uninstalled (its readiness) and waits to be deleted. Running pods keep their interfaces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from weir.agent import node
+from weir.agent.config import Config, load
+from weir.agent.errors import ConfigError
+from weir.cni import install
+from weir.cni.errors import CniError
+from weir.datapath.datapath import Datapath
+from weir.datapath.errors import DatapathError
+
+logger = logging.getLogger(__name__)
+
+DONE = Path("/tmp/uninstalled")  # noqa: S108  the container's own, where the chart looks
+
+
+def clean(config: Config) -> int:
+    """Every step is tried, whatever the others say; 1 if one failed."""
+    paths = config.paths
+    failed = False
+
+    def step(name: str, work: object) -> None:
+        nonlocal failed
+        try:
+            if callable(work):
+                work()
+            logger.info("removed: %s", name)
+        except (OSError, CniError, DatapathError, install.InstallError) as error:
+            failed = True
+            logger.warning("%s: %s", name, error)
+
+    step("CNI configuration and shim", lambda: install.remove(paths.cni_bin, paths.cni_conf))
+    step("programs and maps", lambda: Datapath.remove(paths.pins))
+    step("overlay device and routes", lambda: logger.info("%s", ", ".join(node.remove_all())))
+    for folder in (paths.run, paths.state):
+        step(str(folder), lambda folder=folder: _empty(folder))
+    return int(failed)
+
+
+def _empty(folder: Path) -> None:
+    """What is in it: the folder itself may be a mount."""
+    if not folder.is_dir():
+        return
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m weir.agent.uninstall", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        config = load(arguments.config, os.environ)
+    except ConfigError as error:
+        sys.stderr.write(f"weir-agent: {error}\n")
+        return 2
+    if clean(config):
+        return 1
+    DONE.touch()
+    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the local API shows: the agent's state as plain records, in text form."""
+
+from __future__ import annotations
+
+import msgspec
+
+from weir.agent.explain import PROTOCOLS
+from weir.agent.reconciler import Reconciler
+from weir.agent.state import DesiredState
+from weir.agent.stream import StreamState
+from weir.agent.tables import Projection
+from weir.api.address import Addr, text
+
+
+class TableView(msgspec.Struct, frozen=True):
+    name: str
+    rows: int
+    max_entries: int
+    rejected: int
+
+
+class StatusView(msgspec.Struct, frozen=True):
+    node: str
+    version: str
+    kernel: str
+    ready: bool
+    why_not: str
+    operator: str
+    operator_connected: bool
+    operator_error: str
+    revision: int
+    complete: bool
+    endpoints: int
+    addresses: list[str]
+    uplinks: list[str]
+    pod_mtu: int
+    pod_cidrs: list[str]
+    routing: str
+    tables: list[TableView]
+    rejected: dict[str, list[str]]
+    bad_resources: dict[str, str]
+    errors: dict[str, str]
+    reconcile_seconds: float
+    repaired: int
+
+
+class EndpointView(msgspec.Struct, frozen=True):
+    pod: str
+    addresses: list[str]
+    device: str
+    container: str
+    class_number: int
+    egress: list[str]
+    ingress: list[str]
+    selectors: list[str]
+
+
+class ServiceView(msgspec.Struct, frozen=True):
+    service: str
+    port_name: str
+    address: str
+    port: int
+    protocol: str
+    backends: list[str]
+
+
+class PolicyView(msgspec.Struct, frozen=True):
+    policy: str
+    subject: str
+    ingress: bool
+    egress: bool
+    rules: int
+    pods: list[str]
+
+
+def tables(reconciler: Reconciler) -> list[TableView]:
+    rejected = {
+        table: len(keys)
+        for health in reconciler.health.values()
+        for table, keys in health.rejected.items()
+    }
+    return [
+        TableView(
+            name,
+            len(reconciler.projection.table(name)),
+            table.max_entries,
+            rejected.get(name, 0),
+        )
+        for name, table in reconciler.tables.items()
+    ]
+
+
+def status(  # the one place where all of it comes together
+    *,
+    node: str,
+    version: str,
+    kernel: str,
+    why_not: str,
+    stream: StreamState,
+    state: DesiredState,
+    reconciler: Reconciler,
+    addresses: list[str],
+    uplinks: list[str],
+    mtu: int,
+    routing: str,
+) -> StatusView:
+    projection = reconciler.projection
+    own = projection.routes.own_node
+    return StatusView(
+        node=node,
+        version=version,
+        kernel=kernel,
+        ready=not why_not,
+        why_not=why_not,
+        operator=stream.operator,
+        operator_connected=stream.connected,
+        operator_error=stream.error,
+        revision=state.position.revision,
+        complete=state.position.complete,
+        endpoints=len(projection.placement.local),
+        addresses=addresses,
+        uplinks=uplinks,
+        pod_mtu=mtu,
+        pod_cidrs=[prefix.text() for prefix in own.pod_cidrs] if own else [],
+        routing=routing,
+        tables=tables(reconciler),
+        rejected=reconciler.rejected_owners(),
+        bad_resources=dict(state.rejected),
+        errors={group: h.error for group, h in reconciler.health.items() if h.error},
+        reconcile_seconds=reconciler.statistics.last_seconds,
+        repaired=reconciler.statistics.repaired,
+    )
+
+
+def endpoints(projection: Projection) -> list[EndpointView]:
+    subjects = projection.policy.subjects()
+    views = []
+    for endpoint in projection.placement.local.values():
+        located = [projection.placement.located(addr) for addr in endpoint.addresses]
+        number = next((item.number for item in located if item is not None), 0)
+        egress, ingress = subjects.get(number, ((), ()))
+        views.append(
+            EndpointView(
+                pod=str(endpoint.pod),
+                addresses=[text(addr) for addr in endpoint.addresses],
+                device=endpoint.host_ifname,
+                container=endpoint.container_id,
+                class_number=number,
+                egress=["/".join(name) for name in egress],
+                ingress=["/".join(name) for name in ingress],
+                selectors=sorted(projection.identity.content(number).selectors),
+            )
+        )
+    return sorted(views, key=lambda view: view.pod)
+
+
+def services(projection: Projection) -> list[ServiceView]:
+    views = []
+    for name, port, key in projection.services.listing():
+        backends = projection.services.backends_of(key)
+        views.append(
+            ServiceView(
+                service="/".join(name),
+                port_name=port.name,
+                address=text(key.address),
+                port=key.port,
+                protocol=PROTOCOLS.get(key.protocol, str(key.protocol)),
+                backends=[_endpoint(backend.address, backend.port) for backend in backends],
+            )
+        )
+    return sorted(views, key=lambda view: (view.service, view.address, view.port))
+
+
+def policies(projection: Projection) -> list[PolicyView]:
+    pods: dict[str, set[str]] = {}
+    for view in endpoints(projection):
+        for name in (*view.egress, *view.ingress):
+            pods.setdefault(name, set()).add(view.pod)
+    return [
+        PolicyView(
+            policy=f"{item.namespace}/{item.name}",
+            subject=projection.identity.selector_key(item.subject),
+            ingress=item.ingress,
+            egress=item.egress,
+            rules=len(item.rules),
+            pods=sorted(pods.get(f"{item.namespace}/{item.name}", ())),
+        )
+        for _, item in sorted(projection.policies().items())
+    ]
+
+
+def _endpoint(address: Addr, port: int) -> str:
+    host = text(address)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
