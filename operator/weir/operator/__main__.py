@@ -31,6 +31,8 @@ def main() -> int:
             level=config.log_level.upper(),
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         )
+        # It tells of every handler that it ran.
+        logging.getLogger("kopf").setLevel(logging.WARNING)
         app = App(config, access(config))
     except (ConfigError, KubeconfigError) as error:
         print(f"weir-operator: {error}", file=sys.stderr)  # noqa: T201 - before logging is up

@@ -22,11 +22,15 @@ from weir.operator.api import Api
 from weir.operator.auth import Authenticator
 from weir.operator.config import Config
 from weir.operator.distribution import OPTIONS, Distribution
+from weir.operator.handlers import KopfThread, node_handlers, problem_handlers
+from weir.operator.leader import Leader
 from weir.operator.model import Model
+from weir.operator.objects import Problem
 from weir.operator.reflector import Reflector, Timing
 from weir.operator.revisions import Revisions
 from weir.operator.status import Sample, StatusServer
 from weir.operator.tls import Certificates
+from weir.operator.writes import Reference, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +60,10 @@ class App:
     _reflectors: list[Reflector[Any]] = field(default_factory=list)
     _model: Model | None = None
     _distribution: Distribution | None = None
+    _writer: Writer | None = None
+    _leader: Leader | None = None
+    _leading: asyncio.Event = field(default_factory=asyncio.Event)
+    _following: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -72,6 +80,8 @@ class App:
             revisions, Authenticator(api, self.config.namespace), model, self._agent_ready
         )
         self._model, self._distribution = model, distribution
+        self._writer = writer = Writer(api, self.config.pod_name)
+        self._leader = leader = Leader(api, self.config.namespace, self.config.pod_name, self._lead)
         self._reflectors = [
             Reflector(api, kind, model, self.timing)
             for kind in (
@@ -93,8 +103,14 @@ class App:
                 ]
                 tasks.append(group.create_task(model.run(), name="model"))
                 tasks.append(group.create_task(self._serve(certificates), name="grpc"))
+                tasks.append(group.create_task(writer.run(), name="writer"))
+                tasks.append(group.create_task(leader.run(), name="leader"))
+                tasks.append(group.create_task(self._handle_nodes(), name="nodes"))
+                tasks.append(group.create_task(self._handle_problems(), name="problems"))
                 await self.stop.wait()
                 logger.info("stopping")
+                distribution.closing.set()
+                await leader.release()
                 for task in tasks:
                     task.cancel()
         finally:
@@ -117,12 +133,60 @@ class App:
             self._distribution.closing.set()
             await server.stop(STOP_SECONDS)
 
+    async def _handle_nodes(self) -> None:
+        """Taints can come back (a node is made anew): its agent's word still counts."""
+        loop = asyncio.get_running_loop()
+
+        def tainted(node: str) -> None:
+            loop.call_soon_threadsafe(self._tainted, node)
+
+        thread = KopfThread("nodes", self.access, node_handlers(tainted))
+        thread.start()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await thread.stop()
+
+    async def _handle_problems(self) -> None:
+        """Events on bad objects, while leading."""
+        loop = asyncio.get_running_loop()
+
+        def report(about: Reference, problems: tuple[Problem, ...]) -> None:
+            loop.call_soon_threadsafe(self._report, about, problems)
+
+        while True:
+            await self._leading.wait()
+            thread = KopfThread("problems", self.access, problem_handlers(report))
+            thread.start()
+            try:
+                await self._following.wait()
+            finally:
+                await thread.stop()
+
+    def _lead(self, leading: bool) -> None:
+        now, before = self._leading, self._following
+        if not leading:
+            now, before = before, now
+        now.set()
+        before.clear()
+
+    def _tainted(self, node: str) -> None:
+        stream = self._distribution.streams.get(node) if self._distribution else None
+        if self._writer is not None and stream is not None and stream.ready:
+            self._writer.mark_ready(node)
+
+    def _report(self, about: Reference, problems: tuple[Problem, ...]) -> None:
+        if self._writer is not None:
+            self._writer.report(about, problems)
+
     def _synced(self) -> None:
         if self._distribution is not None:
             self._distribution.synced.set()
 
     def _agent_ready(self, node: str) -> None:
         logger.info("%s: ready", node)
+        if self._writer is not None:
+            self._writer.mark_ready(node)
 
     def _not_ready(self) -> str:
         if self._model is None or not self._model.ready:
@@ -153,3 +217,4 @@ class App:
         yield Sample("weir_operator_compile_seconds_total", self._model.compile_seconds)
         yield Sample("weir_operator_compilations_total", self._model.compilations)
         yield Sample("weir_operator_problems_total", self._model.problem_count)
+        yield Sample("weir_operator_leader", bool(self._leader and self._leader.leading))

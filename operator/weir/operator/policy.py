@@ -89,6 +89,13 @@ def parse_policy(raw: wire.NetworkPolicy) -> Parsed[NetworkPolicy]:
             known = False
     ingress = "Ingress" in types or not known or not exact
     egress = "Egress" in types or not known or not exact
+    for name, isolates, given in (
+        ("Ingress", ingress, raw.spec.ingress),
+        ("Egress", egress, raw.spec.egress),
+    ):
+        if given and not isolates:
+            message = f"has no effect: spec.policyTypes does not name {name}"
+            problems.append(Problem(f"spec.{name.lower()}", message))
     rules: list[Rule] = []
     if ingress:
         for i, rule_in in enumerate(raw.spec.ingress or []):
