@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the cluster suite. It needs kubectl and a cluster with Weir, nothing else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import pytest
+
+from e2e.suite import export, world
+from e2e.suite.kubectl import Manifest, apply, delete, kubectl
+from e2e.suite.world import World
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[World]:
+    """The shared pods; their namespaces are deleted in the background at the end."""
+    built = world.build()
+    yield built
+    for probe in built.probes.values():
+        probe.close()
+    kubectl("delete", "namespaces", built.a, built.b, "--wait=false")
+
+
+class Objects:
+    """Creates objects for one test, which are deleted when it ends."""
+
+    def __init__(self) -> None:
+        self.made: list[Manifest] = []
+
+    def apply(self, *manifests: Manifest) -> None:
+        self.made += manifests
+        apply(*manifests)
+
+    def delete(self, *manifests: Manifest, wait: bool = True) -> None:
+        delete(*manifests, wait=wait)
+        self.made = [made for made in self.made if made not in manifests]
+
+
+@pytest.fixture
+def objects() -> Iterator[Objects]:
+    made = Objects()
+    yield made
+    if made.made:
+        delete(*made.made, wait=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Export the cluster's state while it is still as the failure left it."""
+    del call
+    report = yield
+    if report.failed and report.when in {"setup", "call"}:
+        folder = export.export(item.nodeid.rpartition("/")[2], namespace_of_weir(item))
+        report.sections.append(("exported", str(folder)))
+        sys.stderr.write(f"\nexported to {folder}\n")
+    return report
+
+
+def namespace_of_weir(item: pytest.Item) -> str:
+    arguments: dict[str, Any] = getattr(item, "funcargs", {})
+    shared = arguments.get("cluster")
+    return shared.weir if isinstance(shared, World) else "kube-system"
