@@ -40,6 +40,7 @@ enum drop_reason {
 	DROP_NO_ENDPOINT = 14,		/* an address of this node's pod CIDR that no pod has */
 	DROP_TTL_EXCEEDED = 15,		/* hop limit reached zero while forwarding */
 	DROP_REWRITE = 16,		/* the kernel refused to change or redirect the packet */
+	DROP_NOT_UNICAST = 17,		/* multicast, broadcast or link-local, from a pod: not routed (no event) */
 	DROP_REASON_COUNT
 };
 

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+/* tc ingress of the host end of a pod's veth: all that the pod sends. */
+#include "lib/deliver.h"
+#include "lib/fragment.h"
+#include "lib/service_tc.h"
+
+/* Tells the pod why its packet goes no further, where the protocols have a word for it. */
+static __always_inline int refuse(struct __sk_buff *ctx, struct packet *packet,
+				  const struct endpoint *source, int reason)
+{
+	int error;
+
+	switch (-reason) {
+	case DROP_NO_BACKEND:
+		error = reply_refused(ctx, packet);
+		break;
+	case DROP_TOO_BIG:
+		error = reply_too_big(ctx, packet, overlay_mtu);
+		break;
+	case DROP_TTL_EXCEEDED:
+		error = reply_time_exceeded(ctx, packet);
+		break;
+	default:
+		return drop(ctx, packet, reason);
+	}
+	drop(ctx, packet, reason);
+	return error ? TC_ACT_SHOT : deliver_to_pod(ctx, source);
+}
+
+/* The client knows the VIP only: an error must quote the packet as it was sent. */
+static __always_inline int as_sent(struct __sk_buff *ctx, struct packet *packet)
+{
+	struct ip_addr vip = packet->vip;
+
+	return packet->service ? rewrite(ctx, packet, END_DESTINATION, &vip, packet->vip_port) : 0;
+}
+
+SEC("tc")
+int from_pod(struct __sk_buff *ctx)
+{
+	struct packet *packet = packet_new(DIR_EGRESS);
+
+	if (!packet)
+		return TC_ACT_SHOT;
+	int verdict = parse(ctx);
+
+	if (verdict < 0)
+		return drop(ctx, packet, verdict);
+	if (verdict == PARSED_NOT_IP)
+		return drop(ctx, packet, DROP_UNSUPPORTED_L2);
+	if (address_is_link_scope(&packet->sender) || address_is_link_scope(&packet->flow.destination))
+		return drop(ctx, packet, DROP_NOT_UNICAST);
+
+	const struct endpoint *source = endpoint_find(&packet->sender);
+
+	if (!source || source->ifindex != ctx->ifindex)
+		return drop(ctx, packet, DROP_SPOOFED_SOURCE);
+	verdict = fragment_resolve(packet);
+	if (verdict < 0)
+		return drop(ctx, packet, verdict);
+
+	struct ct_entry *entry = ct_find(packet);
+
+	verdict = service_to_backend(ctx, packet, entry);
+	if (verdict < 0)
+		return refuse(ctx, packet, source, verdict);
+	entry = service_flow(packet, entry);
+	verdict = ct_admit(ctx, packet, entry, false);
+	if (verdict < 0)
+		return drop(ctx, packet, verdict);
+	verdict = service_from_backend(ctx, packet, entry);
+	if (verdict < 0)
+		return drop(ctx, packet, verdict);
+
+	const struct endpoint *destination = endpoint_find(&packet->flow.destination);
+
+	verdict = destination ? deliver_to_pod(ctx, destination) : deliver_away(ctx, packet);
+	if (verdict < 0) {
+		as_sent(ctx, packet);
+		return refuse(ctx, packet, source, verdict);
+	}
+	count(ctx, DROP_NONE, DIR_EGRESS);
+	return verdict;
+}
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -1,0 +1,195 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Masquerading: pods leave the cluster with this node's address. */
+#pragma once
+
+#include "lib/rewrite.h"
+#include "lib/runtime.h"
+#include "lib/settings.h"
+#include "lib/where.h"
+
+#define SNAT_PROBES 32
+#define SNAT_SECONDS_TCP 21600
+#define SNAT_SECONDS_OPENING 120
+#define SNAT_SECONDS_OTHER 200
+
+/* LRU_HASH, two entries a flow: when full, the flows idle for longest lose their port, and
+ * their connections break. 138 B an entry, 36 MB. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 262144);
+	__type(key, struct snat_key);
+	__type(value, struct snat_entry);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} snat SEC(".maps");
+
+static __always_inline void snat_node_address(const struct packet *packet, struct ip_addr *node)
+{
+	for (int i = 0; i < 4; i++)
+		node->word[i] = packet->ipv6 ? node_ipv6.word[i] : node_ipv4.word[i];
+}
+
+static __always_inline bool snat_has_ports(const struct packet *packet)
+{
+	return checksum_field(packet->flow.l4_proto) && packet->flow.source_port;
+}
+
+static __always_inline bool snat_is_icmp(__u8 l4_proto)
+{
+	return l4_proto == IPPROTO_ICMP || l4_proto == IPPROTO_ICMPV6;
+}
+
+/* The identifier of an ICMP echo is the local side's; the remote side has none. */
+static __always_inline void snat_forward_key(const struct tuple *flow, struct snat_key *key)
+{
+	key->remote = flow->destination;
+	key->local = flow->source;
+	key->remote_port = snat_is_icmp(flow->l4_proto) ? 0 : flow->destination_port;
+	key->local_port = flow->source_port;
+	key->protocol = flow->l4_proto;
+	key->kind = SNAT_FORWARD;
+	__builtin_memset(key->pad, 0, sizeof(key->pad));
+}
+
+static __always_inline void snat_reverse_key(const struct tuple *flow, struct snat_key *key)
+{
+	key->remote = flow->source;
+	key->local = flow->destination;
+	key->remote_port = snat_is_icmp(flow->l4_proto) ? 0 : flow->source_port;
+	key->local_port = flow->destination_port;
+	key->protocol = flow->l4_proto;
+	key->kind = SNAT_REVERSE;
+	__builtin_memset(key->pad, 0, sizeof(key->pad));
+}
+
+static __always_inline __u32 snat_lifetime(const struct packet *packet)
+{
+	if (packet->flow.l4_proto != IPPROTO_TCP)
+		return SNAT_SECONDS_OTHER;
+	return packet->tcp_flags & (TCP_SYN | TCP_RST) ? SNAT_SECONDS_OPENING : SNAT_SECONDS_TCP;
+}
+
+static __always_inline void snat_refresh(struct snat_entry *entry, __u32 expires)
+{
+	if (entry->expires != expires)
+		entry->expires = expires;
+}
+
+/* Takes a free port: from a random one on, a bounded number of tries. BPF_NOEXIST makes the
+ * reverse entry the lock; one that has expired is taken over. */
+__subprogram int snat_open(const struct snat_key *forward_key, struct snat_entry *forward)
+{
+	struct snat_key key = {
+		.remote = forward_key->remote,
+		.remote_port = forward_key->remote_port,
+		.protocol = forward_key->protocol,
+		.kind = SNAT_REVERSE,
+	};
+	struct snat_entry reverse = {
+		.address = forward_key->local,
+		.port = forward_key->local_port,
+		.expires = forward->expires,
+	};
+	__u32 ports = snat_port_last - snat_port_first + 1;
+	__u32 start = bpf_get_prandom_u32() % ports;
+	__u32 now = seconds_now();
+
+	key.local = forward->address;
+	for (__u32 i = 0; i < SNAT_PROBES && i < ports; i++) {
+		__u32 offset = start + i;
+
+		if (offset >= ports)
+			offset -= ports;
+		key.local_port = bpf_htons(snat_port_first + offset);
+
+		const struct snat_entry *taken = bpf_map_lookup_elem(&snat, &key);
+
+		if (taken && taken->expires >= now)
+			continue;
+		if (bpf_map_update_elem(&snat, &key, &reverse, taken ? BPF_EXIST : BPF_NOEXIST))
+			continue;
+		forward->port = key.local_port;
+		return bpf_map_update_elem(&snat, forward_key, forward, BPF_ANY) ?
+			       -DROP_SNAT_NO_PORT : 0;
+	}
+	return -DROP_SNAT_NO_PORT;
+}
+
+/* Whether a pod's packet to this destination leaves the cluster. */
+static __always_inline bool snat_leaves_cluster(const struct ip_addr *destination)
+{
+	const struct route *route = route_find(destination);
+
+	if (route && (route->flags & (ROUTE_POD_CIDR | ROUTE_TUNNEL | ROUTE_NO_MASQUERADE)))
+		return false;
+	return !is_node(destination);
+}
+
+/* Gives a pod's packet the node's address. 0 or a drop reason. */
+__subprogram int snat_masquerade(struct __sk_buff *ctx, struct packet *packet)
+{
+	struct snat_entry fresh = { .expires = seconds_now() + snat_lifetime(packet) };
+	struct snat_key key;
+
+	snat_node_address(packet, &fresh.address);
+	if (address_is_unset(&fresh.address))
+		return 0;
+	if (!snat_has_ports(packet))
+		return -DROP_SNAT_NO_PORT;
+	snat_forward_key(&packet->flow, &key);
+
+	struct snat_entry *entry = bpf_map_lookup_elem(&snat, &key);
+
+	if (entry && address_equal(&entry->address, &fresh.address)) {
+		fresh.port = entry->port;
+		if (!packet->quoted_l3_offset)
+			snat_refresh(entry, fresh.expires);
+		/* The reverse entry may have been evicted alone, or lapse unseen. */
+		struct snat_key reverse_key = {
+			.remote = key.remote,
+			.local = fresh.address,
+			.remote_port = key.remote_port,
+			.local_port = fresh.port,
+			.protocol = key.protocol,
+			.kind = SNAT_REVERSE,
+		};
+		struct snat_entry *reverse = bpf_map_lookup_elem(&snat, &reverse_key);
+
+		if (reverse && address_equal(&reverse->address, &key.local) &&
+		    reverse->port == key.local_port) {
+			snat_refresh(reverse, fresh.expires);
+			return rewrite(ctx, packet, END_SOURCE, &fresh.address, fresh.port);
+		}
+	}
+	if (packet->quoted_l3_offset)
+		return -DROP_INVALID_CT;
+	int error = snat_open(&key, &fresh);
+
+	return error ? error : rewrite(ctx, packet, END_SOURCE, &fresh.address, fresh.port);
+}
+
+/* Gives a reply from outside the cluster its pod back. 1 if it was one, 0, or a drop reason. */
+__subprogram int snat_reply(struct __sk_buff *ctx, struct packet *packet)
+{
+	__u16 port = bpf_ntohs(packet->flow.destination_port);
+	struct ip_addr node;
+	struct snat_key key;
+
+	if (port < snat_port_first || port > snat_port_last)
+		return 0;
+	snat_node_address(packet, &node);
+	if (!address_equal(&packet->flow.destination, &node))
+		return 0;
+	snat_reverse_key(&packet->flow, &key);
+
+	struct snat_entry *entry = bpf_map_lookup_elem(&snat, &key);
+
+	if (!entry || entry->expires < seconds_now())
+		return 0;
+	struct ip_addr pod = entry->address;
+	__be16 pod_port = entry->port;
+	int error = rewrite(ctx, packet, END_DESTINATION, &pod, pod_port);
+
+	if (!error && snat_is_icmp(packet->flow.l4_proto))
+		packet->flow.source_port = pod_port;
+	return error ? error : 1;
+}
