@@ -102,20 +102,21 @@ def test_swaps_lose_no_packet(
     assert sum(counts.values()) >= traffic.sent
 
 
+@pytest.mark.parametrize("variant", [0, 1], ids=["restart", "upgrade"])
 def test_a_device_that_is_gone_is_pruned(
-    installation: Installation, netns: Callable[[], NetNs], kernel: Features
+    installation: Installation, netns: Callable[[], NetNs], kernel: Features, variant: int
 ) -> None:
     host, pod = netns(), netns()
     with host.entered():
         for name in ("gone", "stays"):
             veth(name, host, name, pod)
-        datapath = installation.open(kernel=kernel)
+        datapath = installation.open(kernel=kernel, VARIANT=0)
         for name in ("gone", "stays"):
             datapath.attach_pod(name)
         host.run("ip", "link", "del", "gone")
         assert datapath.attached() == {"stays"}
 
-        datapath = installation.open(kernel=kernel, VARIANT=1)
+        datapath = installation.open(kernel=kernel, VARIANT=variant)
         assert datapath.attached() == {"stays"}
         assert not (installation.root / "links" / "gone").exists()
         with pytest.raises(DeviceGone, match="gone"):
@@ -163,6 +164,22 @@ def test_detach_stops_the_programs(
         assert packets(datapath.tables.metrics.get(MetricKey(0, 0))) == before
         assert datapath.attached() == set()
         datapath.detach_pod("veth0")
+
+
+def test_half_attached_is_not_attached(
+    installation: Installation, pair: tuple[NetNs, NetNs], kernel: Features
+) -> None:
+    """A pod whose packets one program misses must not be taken for wired after a crash."""
+    host, _ = pair
+    with host.entered():
+        datapath = installation.open(kernel=kernel)
+        datapath.attach_pod("veth0")
+        for program in ("from_pod", "to_pod"):
+            (installation.root / "links" / "veth0" / program).unlink()
+            assert installation.open(kernel=kernel).attached() == set()
+            datapath = installation.open(kernel=kernel)
+            datapath.attach_pod("veth0")
+            assert datapath.attached() == {"veth0"}
 
 
 def test_clsact_filters_of_others_stay(

@@ -12,7 +12,7 @@ import pytest
 from node.conftest import Compile, Installation
 
 from weir.api import address
-from weir.datapath import libbpf
+from weir.datapath import libbpf, loader, pins
 from weir.datapath.datapath import Datapath
 from weir.datapath.errors import DatapathError
 from weir.datapath.migrate import Migration
@@ -153,26 +153,96 @@ def test_what_old_programs_wrote_meanwhile_comes_along(
     assert after.tables.ct.get(late) is not None
 
 
+def count(path: Path) -> int:
+    with pins.opened(path) as fd:
+        shape = libbpf.map_info(fd).shape
+        chunks = libbpf.walk(fd, shape.key_size, shape.value_size, 4096)
+        return sum(len(keys) // shape.key_size for keys, _ in chunks)
+
+
+def test_programs_never_see_an_empty_map(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Make before break: the successor is full when the first link gets a new program."""
+    fill(installation.open())
+    real = libbpf.update_link
+    seen = []
+
+    def look_first(link: int, program: int, name: str) -> None:
+        seen.append(count(installation.root / "maps" / "services~new"))
+        real(link, program, name)
+
+    monkeypatch.setattr(libbpf, "update_link", look_first)
+    installation.open(sizes=BIGGER)
+    assert set(seen) == {len(SERVICES)}
+
+
+def test_what_new_programs_wrote_survives_a_change_of_mind(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped when links run the successor already, then started with the old size again."""
+    fill(installation.open())
+    late = CtKey(A, B, 5000, 80, 6)
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "finish", stop)
+        with pytest.raises(Stopped):
+            installation.open(sizes=BIGGER)
+    with pins.opened(installation.root / "maps" / "ct~new") as fd:
+        key = late.low + late.high + bytes.fromhex("1388 0050 06 000000")
+        assert libbpf.update(fd, key, 40, bytes(36), 36) == (1, 0)
+    assert installation.open().tables.ct.get(late) is not None
+
+
+def noted(root: Path, name: str) -> list[str]:
+    return [p.name.partition("~")[2] for p in (root / "layouts").glob(f"{name}~*")]
+
+
 def test_a_registered_migration_converts(installation: Installation, mini: Compile) -> None:
     """class: 32 bits → 16 bits, as OTHER_LAYOUT has it; zone 7 is new; class 9 is left out."""
     datapath = installation.open()
     datapath.tables.addresses.update({A: Address(258, 3), B: Address(9, 1)})
-    noted = next(p.name for p in (installation.root / "layouts").glob("addresses~*"))
+    installation.close()
+    (layout,) = noted(installation.root, "addresses")
 
     def convert(key: bytes, value: bytes) -> tuple[bytes, bytes] | None:
-        if value[0] == 9:
-            return None
-        return key, value[:2] + b"\7\0" + value[4:]
+        return None if value[0] == 9 else (key, value[:2] + b"\7\0" + value[4:])
 
-    migration = Migration("addresses", noted.partition("~")[2], "addresses", convert)
+    migration = Migration("addresses", layout, "addresses", convert)
+    tree = pins.Pins(installation.root)
+    ids = []
+    for _ in range(2):  # the second start finds it done, and converts nothing twice
+        objects = loader.open_objects([mini(OTHER_LAYOUT=1)], Settings())
+        loaded = loader.load(tree, objects, Sizes(), [migration])
+        loader.finish(tree, loaded)
+        fd = loaded.maps["addresses"]
+        ids.append(libbpf.map_info(fd).id)
+        assert list(libbpf.walk(fd, 16, 8, 64)) == [(A, bytes.fromhex("0201 0700 03000000"))]
+        assert len(noted(installation.root, "addresses")) == 1
+        assert noted(installation.root, "addresses") != [layout]
+        loaded.close()
+    assert ids[0] == ids[1]
+
+
+def test_a_renamed_map_hands_its_entries_over(installation: Installation, mini: Compile) -> None:
+    installation.open().tables.addresses.update({A: Address(258, 3), B: Address(9, 1)})
     installation.close()
-    for _ in range(2):  # the second start finds it done
-        with pytest.raises(DatapathError, match="Address"):
-            # Its records are those of abi.h: the tables refuse, the map is migrated.
-            Datapath.open(
-                installation.root,
-                installation.cgroup,
-                Settings(),
-                objects=[mini(OTHER_LAYOUT=1)],
-                migrations=[migration],
-            )
+    (layout,) = noted(installation.root, "addresses")
+    for folder, name in (("maps", "addresses"), ("layouts", f"addresses~{layout}")):
+        path = installation.root / folder / name
+        path.rename(path.with_name(name.replace("addresses", "addresses_v0")))
+    migration = Migration("addresses_v0", layout, "addresses", lambda key, value: (key, value))
+    datapath = Datapath.open(
+        installation.root,
+        installation.cgroup,
+        Settings(),
+        objects=[mini()],
+        migrations=[migration],
+    )
+    assert dict(datapath.tables.addresses.items()) == {A: Address(258, 3), B: Address(9, 1)}
+    assert not (installation.root / "maps" / "addresses_v0").exists()
+    assert noted(installation.root, "addresses_v0") == []
+    datapath.close()

@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 POD = (Attachment("to_pod", egress=True), Attachment("from_pod", egress=False))
 UPLINK = (Attachment("to_uplink", egress=True), Attachment("from_uplink", egress=False))
 OVERLAY = (Attachment("to_overlay", egress=True), Attachment("from_overlay", egress=False))
-ATTACHMENTS = {a.program: a for a in (*POD, *UPLINK, *OVERLAY)}
+ROLES = (POD, UPLINK, OVERLAY)
+ATTACHMENTS = {attachment.program: attachment for role in ROLES for attachment in role}
 
 # Map → the records of its keys and values. The ring buffer has none.
 RECORDS: dict[str, tuple[type[Any], type[Any]]] = {
@@ -168,8 +169,9 @@ class Datapath:
         self._links.detach(ifname, OVERLAY)
 
     def attached(self) -> set[str]:
-        """Names of the existing interfaces that have our programs."""
-        return self._links.attached()
+        """Names of the existing interfaces that have all programs of their role: one that a
+        stopped attach left with half of them is not among them."""
+        return self._links.attached(ROLES)
 
     # ---- runtime state and events --------------------------------------------------
 

@@ -12,7 +12,7 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from weir.datapath.libbpf import AttachType, LinkType
 
 logger = logging.getLogger(__name__)
 
-# Our place among clsact filters: replacing at the same place is atomic, and 0xC1 of 1 marks it.
+# Our place among clsact filters. Replacing at one place is atomic, and other tools that
+# number their filters from 1 or from 49152 down do not meet us there.
 TC_HANDLE = 1
 TC_PRIORITY = 0xC1
 
@@ -169,13 +170,15 @@ class Links:
         self._attach_clsact(path, ifindex, wanted)
         return True
 
-    def attached(self) -> set[str]:
-        """The interfaces that we are attached to and that exist."""
-        return {
-            ifname
-            for ifname, folder in self._tree.interfaces().items()
-            if any(self._alive(ifname, path) for path in pins.files(folder).values())
-        }
+    def attached(self, roles: Iterable[tuple[Attachment, ...]]) -> set[str]:
+        """The existing interfaces that have all attachments of one of these roles."""
+        wanted = [{attachment.program for attachment in role} for role in roles]
+        found = set()
+        for ifname, folder in self._tree.interfaces().items():
+            alive = {n for n, path in pins.files(folder).items() if self._alive(ifname, path)}
+            if any(programs <= alive for programs in wanted):
+                found.add(ifname)
+        return found
 
     @staticmethod
     def _alive(ifname: str, path: Path) -> bool:
