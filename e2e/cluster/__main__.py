@@ -125,7 +125,9 @@ def _status(_: argparse.Namespace) -> int:
 
 def _deploy(_: argparse.Namespace) -> int:
     with _Lock():
-        deploy.deploy(_running_settings(), Progress())
+        settings = _running_settings()
+        deploy.build_image()
+        deploy.deploy(settings, Progress())
     return 0
 
 
@@ -135,7 +137,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _load_image(arguments: argparse.Namespace) -> int:
-    deploy.load_image(_running_settings(), arguments.archive)
+    deploy.load_image(_running_settings().node_names, arguments.archive)
     return 0
 
 

@@ -4,6 +4,7 @@
 import os
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from e2e.cluster import namespaces
@@ -17,17 +18,17 @@ from e2e.cluster.settings import Settings
 IMAGE_ARCHIVE = REPOSITORY / "build/image/weir.oci.tar"
 IMAGE_REFERENCE = REPOSITORY / "build/image/reference"  # its tag names its content
 CHART = REPOSITORY / "charts/weir"
+_CTR = ("ctr", f"--address={CONTAINERD_SOCKET}", "--namespace=k8s.io")
 _IMPORT_S = 30.0
 _HELM_TIMEOUT = "3m"
 
 
 def deploy(settings: Settings, progress: Progress) -> None:
-    """Build, import, `helm upgrade --install`."""
-    _command("the image", ["make", "--no-print-directory", "image"])
-    progress.step("Weir's image built")
-    load_image(settings, IMAGE_ARCHIVE)
+    """Import the image that was built last, and `helm upgrade --install`."""
+    repository, _, tag = reference().rpartition(":")
+    missing = [name for name in settings.node_names if not _has_image(name, reference())]
+    load_image(missing, IMAGE_ARCHIVE)
     progress.step("Weir's image in all nodes")
-    repository, _, tag = IMAGE_REFERENCE.read_text().strip().rpartition(":")
     # The tag changes with the image, so a changed Weir is an upgrade that rolls out.
     values = {
         "image.repository": repository,
@@ -41,17 +42,28 @@ def deploy(settings: Settings, progress: Progress) -> None:
     progress.step("Weir installed by helm")
 
 
-def load_image(settings: Settings, archive: Path) -> None:
-    """Import an image tar (docker or OCI) into the containerd of every node."""
+def build_image() -> None:
+    """Make `build/image` current; quick when nothing changed."""
+    _command("the image", ["make", "--no-print-directory", "image"])
+
+
+def reference() -> str:
+    """The name of the image that was built last."""
+    return IMAGE_REFERENCE.read_text().strip()
+
+
+def load_image(nodes: Iterable[str], archive: Path) -> None:
+    """Import an image tar (docker or OCI) into the containerd of these nodes."""
     if not archive.exists():
         raise ClusterError(f"no image archive {archive}", "run `make image`")
-    command = ["ctr", f"--address={CONTAINERD_SOCKET}", "-n=k8s.io", "images", "import", "-"]
     imports: list[tuple[str, subprocess.Popen[str]]] = []
-    for name in settings.node_names:  # all at once: unpacking waits for the disk
+    for name in nodes:  # all at once: unpacking waits for the disk
         _wait_for_containerd(name)
         # Standard input: the file need not be visible inside the node.
         with archive.open("rb") as content:
-            imports.append((name, namespaces.start(name, command, content)))
+            imports.append(
+                (name, namespaces.start(name, [*_CTR, "images", "import", "-"], content))
+            )
     for name, process in imports:
         _, message = process.communicate()
         if process.returncode:
@@ -60,16 +72,22 @@ def load_image(settings: Settings, archive: Path) -> None:
 
 def _wait_for_containerd(name: str) -> None:
     deadline = time.monotonic() + _IMPORT_S
-    while not _succeeds(name, ["ctr", f"--address={CONTAINERD_SOCKET}", "version"]):
+    while not _output(name, [*_CTR, "version"]):
         if time.monotonic() > deadline:
             raise ClusterError(f"containerd of {name} does not answer", "see `make cluster-status`")
         time.sleep(0.1)
 
 
-def _succeeds(name: str, command: list[str]) -> bool:
+def _has_image(name: str, image: str) -> bool:
+    _wait_for_containerd(name)
+    return image in _output(name, [*_CTR, "images", "list", "--quiet"]).split()
+
+
+def _output(name: str, command: list[str]) -> str:
+    """What a command in a node prints; nothing if it fails."""
     process = namespaces.start(name, command)
-    process.communicate()
-    return process.returncode == 0
+    output, _ = process.communicate()
+    return output if process.returncode == 0 else ""
 
 
 def _command(what: str, command: list[str]) -> None:

@@ -5,13 +5,14 @@ import json
 from pathlib import Path
 
 from e2e.cluster.binaries import RUNC_WRAPPER
-from e2e.cluster.settings import CLUSTER_DOMAIN, KubeProxy, Settings
+from e2e.cluster.settings import CLUSTER_DOMAIN, Cni, KubeProxy, Settings
 
 BINARIES = "/opt/kube/bin"
 CONTAINERD = "/etc/containerd/config.toml"
 CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 KUBELET = "/etc/kubernetes/kubelet.json"
 KUBE_PROXY = "/etc/kubernetes/kube-proxy.json"
+WEIR_TAINT = "node.weir.dev/agent-not-ready"
 PAUSE_IMAGE = "registry.k8s.io/pause:3.10.2"
 
 # restrict_oom_score_adj: a root without CAP_SYS_RESOURCE cannot go below its own score.
@@ -55,7 +56,7 @@ def write(etc: Path, name: str, settings: Settings) -> None:
 
 def _kubelet(settings: Settings) -> str:
     pki = "/etc/kubernetes/pki"
-    config = {
+    config: dict[str, object] = {
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
         "containerRuntimeEndpoint": f"unix://{CONTAINERD_SOCKET}",
@@ -87,6 +88,10 @@ def _kubelet(settings: Settings) -> str:
             "imagefs.available": "1%",
         },
     }
+    if settings.cni is Cni.WEIR:
+        # As on a cluster whose nodes must not get pods before their network is there; the operator
+        # takes it off.
+        config["registerWithTaints"] = [{"key": WEIR_TAINT, "effect": "NoSchedule"}]
     return json.dumps(config, indent=2) + "\n"
 
 

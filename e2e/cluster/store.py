@@ -24,20 +24,53 @@ _COPIED = "*.db"
 
 
 def prepare(archives: list[Path], binaries: Path) -> Path:
-    """The filled store for these images; made when it is not there."""
+    """The filled store for the images of all clusters; made when it is not there."""
     store = IMAGE_STORE / archives[0].parent.name
-    if store.exists():
-        return store
-    print("unpacking the images of the nodes", flush=True)
-    shutil.rmtree(IMAGE_STORE, ignore_errors=True)  # of older images, or half made
+    if not store.exists():
+        print("unpacking the images of the nodes", flush=True)
+        shutil.rmtree(IMAGE_STORE, ignore_errors=True)  # of older images, or half made
+        _make(store, None, archives, binaries)
+    return store
+
+
+def extend(base: Path, archive: Path, name: str, binaries: Path) -> Path:
+    """A store that has one image more, by the name of its content; only the last one is kept."""
+    store = base.with_name(f"{base.name}+{name}")
+    if not store.exists():
+        print(f"unpacking the image {name}", flush=True)
+        for old in IMAGE_STORE.glob(f"{base.name}+*"):
+            shutil.rmtree(old)
+        _make(store, base, [archive], binaries)
+    return store
+
+
+def _make(store: Path, base: Path | None, archives: list[Path], binaries: Path) -> None:
     partial = IMAGE_STORE / "partial"
-    partial.mkdir(parents=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    if base is None:
+        partial.mkdir(parents=True)
+    else:
+        copy(base, partial)
     LOGS.mkdir(exist_ok=True)
     cgroup = host.cluster_cgroup() / "images"  # so that `down` finds it whatever happens
     cgroup.mkdir(parents=True, exist_ok=True)
-    command = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child",
-               "--mount-proc", sys.executable, "-m", "e2e.cluster", "fill-store",
-               str(partial), str(binaries), *map(str, archives)]  # fmt: skip
+    command = [
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+        sys.executable,
+        "-m",
+        "e2e.cluster",
+        "fill-store",
+        str(partial),
+        str(binaries),
+        *map(str, archives),
+    ]
     try:
         result = subprocess.run(
             command,
@@ -51,7 +84,6 @@ def prepare(archives: list[Path], binaries: Path) -> Path:
     if result.returncode:
         raise ClusterError(f"containerd could not unpack the images: see {LOGS}/images.log")
     partial.rename(store)
-    return store
 
 
 def fill(store: Path, binaries: Path, archives: list[Path]) -> None:

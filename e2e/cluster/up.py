@@ -29,6 +29,9 @@ def up(settings: Settings) -> None:
     """Bring a cluster up; one that is up already with these settings gets Weir rolled out anew."""
     host.check()
     progress = Progress()
+    if settings.cni is Cni.WEIR:
+        deploy.build_image()
+        progress.step("Weir's image is current")
     if is_up():
         running = load_settings(SETTINGS)
         if running != settings:
@@ -44,6 +47,9 @@ def up(settings: Settings) -> None:
         down.down(keep_logs=False)
         try:
             filled = store.prepare(archives, folder)
+            if settings.cni is Cni.WEIR:
+                tag = deploy.reference().rpartition(":")[2]
+                filled = store.extend(filled, deploy.IMAGE_ARCHIVE, tag, folder)
             _start(settings, folder, filled, progress)
         except KeyboardInterrupt:
             print("\ninterrupted: taking down what is up", flush=True)
