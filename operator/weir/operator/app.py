@@ -94,7 +94,7 @@ class App:
             )
         ]
         status = StatusServer(self._not_ready, self._samples)
-        await status.start(self.config.metrics_address, self.config.metrics_port)
+        await status.start(self.config.health_listen, self.config.metrics_listen)
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [
@@ -122,9 +122,7 @@ class App:
         await certificates.start()
         server = grpc.aio.server(options=OPTIONS)
         server.add_generic_rpc_handlers([self._distribution.handler()])
-        self.port = server.add_secure_port(
-            f"[::]:{self.config.port}", certificates.server_credentials()
-        )
+        self.port = server.add_secure_port(self.config.listen, certificates.server_credentials())
         await server.start()
         logger.info("serving agents on port %d", self.port)
         try:

@@ -26,9 +26,9 @@ class Config:
     namespace, pod_name: where this replica runs, and its identity for the Lease.
     api_server: "https://host:port"; empty: from `kubelet_kubeconfig`.
     kubeconfig: a kubeconfig file, for running outside of a cluster; empty: a pod's credentials.
-    port: where agents connect (gRPC over TLS), on every address.
-    metrics_port: /healthz, /readyz and /metrics, on `metrics_address`: local by default, as it
-    is without TLS.
+    listen: where agents connect (gRPC over TLS).
+    health_listen: /healthz, /readyz and /metrics; local by default, as it is without TLS.
+    metrics_listen: /metrics alone, for a Prometheus; empty: nowhere but at health_listen.
     batch_milliseconds: shortest time between two revisions; bursts within it become one.
     """
 
@@ -37,9 +37,9 @@ class Config:
     api_server: str = ""
     kubeconfig: str = ""
     kubelet_kubeconfig: Path = Path("/host/kubelet.conf")
-    port: int = 9890
-    metrics_port: int = 9881
-    metrics_address: str = "127.0.0.1"
+    listen: str = "[::]:9890"
+    health_listen: str = "127.0.0.1:9881"
+    metrics_listen: str = ""
     batch_milliseconds: int = 5
     log_level: str = "info"
 
@@ -74,9 +74,9 @@ class _Reader:
             api_server=self._url("apiServer"),
             kubeconfig=self._text("kubeconfig", self._environment.get("KUBECONFIG", "")),
             kubelet_kubeconfig=Path(self._text("kubeletKubeconfig", "/host/kubelet.conf")),
-            port=self._number("port", 9890, 0, 65535),
-            metrics_port=self._number("metricsPort", 9881, 0, 65535),
-            metrics_address=self._text("metricsAddress", "127.0.0.1"),
+            listen=self._listen("listen", "[::]:9890"),
+            health_listen=self._listen("healthListen", "127.0.0.1:9881"),
+            metrics_listen=self._listen("metricsListen", ""),
             batch_milliseconds=self._number("batchMilliseconds", 5, 0, 1000),
             log_level=self._one_of("logLevel", "info", LOG_LEVELS),
         )
@@ -120,3 +120,21 @@ class _Reader:
         if value and not value.startswith(("https://", "http://")):
             self._bad.append(f"{name}: {value!r} does not begin with https://")
         return value
+
+    def _listen(self, name: str, default: str) -> str:
+        value = self._text(name, default)
+        if value:
+            try:
+                split_listen(value)
+            except ValueError:
+                self._bad.append(f"{name}: {value!r} is not host:port")
+        return value
+
+
+def split_listen(value: str) -> tuple[str, int]:
+    """Host and port of "host:port" or "[host]:port". ValueError."""
+    host, colon, port = value.rpartition(":")
+    number = int(port)
+    if not colon or not host or not 0 <= number <= 65535:
+        raise ValueError(value)
+    return host.removeprefix("[").removesuffix("]"), number

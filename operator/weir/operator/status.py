@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from weir.operator.config import split_listen
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -54,24 +56,31 @@ class StatusServer:
     def __init__(self, ready: Callable[[], str], samples: Callable[[], Iterable[Sample]]) -> None:
         self._ready = ready  # empty: ready; else what is missing
         self._samples = samples
-        self._runner: web.AppRunner | None = None
+        self._runners: list[web.AppRunner] = []
 
-    async def start(self, host: str, port: int) -> None:
-        app = web.Application()
-        app.add_routes(
-            [
-                web.get("/healthz", self._get_health),
-                web.get("/readyz", self._get_ready),
-                web.get("/metrics", self._get_metrics),
-            ]
-        )
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, host, port).start()
+    async def start(self, health: str, metrics: str) -> None:
+        """Listen at both "host:port"; an empty `metrics` only at `health`."""
+        get_metrics = web.get("/metrics", self._get_metrics)
+        routes = [
+            web.get("/healthz", self._get_health),
+            web.get("/readyz", self._get_ready),
+            get_metrics,
+        ]
+        await self._serve(health, routes)
+        if metrics:
+            await self._serve(metrics, [get_metrics])
 
     async def close(self) -> None:
-        if self._runner is not None:
-            await self._runner.cleanup()
+        for runner in self._runners:
+            await runner.cleanup()
+
+    async def _serve(self, listen: str, routes: list[web.RouteDef]) -> None:
+        app = web.Application()
+        app.add_routes(routes)
+        runner = web.AppRunner(app, access_log=None, handle_signals=False)
+        await runner.setup()
+        self._runners.append(runner)
+        await web.TCPSite(runner, *split_listen(listen)).start()
 
     async def _get_health(self, _request: web.Request) -> web.Response:
         return web.Response(text="ok\n")
