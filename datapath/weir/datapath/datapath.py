@@ -54,7 +54,7 @@ RECORDS: dict[str, tuple[type[Any], type[Any]]] = {
 }
 EVENTS = "events"
 # Maps of the programs alone: kept over restarts, no tables.
-PRIVATE = frozenset({"fragments"})
+PRIVATE = frozenset({"fragments", "scratch"})
 
 
 @dataclass(frozen=True, slots=True)
