@@ -14,6 +14,7 @@ indexes (proxies, CA certificates, mirrors) is read from apt's and pip's own con
 passed as build secrets, which leave no trace in the image.
 """
 
+import fcntl
 import hashlib
 import os
 import re
@@ -216,11 +217,17 @@ def drop_older(state: list[str], reference: str) -> None:
 
 
 def main() -> None:
+    OUT.mkdir(parents=True, exist_ok=True)
+    with (OUT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second build waits, and then has nothing to do
+        build()
+
+
+def build() -> None:
     reference = f"localhost/weir:{version()}-{content()}"
     if ARCHIVE.exists() and REFERENCE.exists() and REFERENCE.read_text().strip() == reference:
         print(f"{reference} is up to date")
         return
-    OUT.mkdir(parents=True, exist_ok=True)
     REFERENCE.unlink(missing_ok=True)
     started = time.monotonic()
     if output(["docker", "version", "--format", "{{.Server.Version}}"]).strip():
