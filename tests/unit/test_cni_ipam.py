@@ -272,9 +272,7 @@ async def test_a_hundred_at_once_are_distinct(tmp_path: Path) -> None:
     p.close()
 
 
-async def test_long_history_is_compacted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_long_history_is_compacted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal_module, "COMPACT_MIN_LINES", 20)
     clock = Clock()
     p = pool(tmp_path / "j", "10.1.0.0/24", clock=clock)

@@ -19,12 +19,13 @@ def reopen(path: Path) -> Journal:
     return Journal(path, kind="test", sync=True)
 
 
-async def filled(path: Path, *payloads: bytes) -> bytes:
-    journal = reopen(path)
-    for payload in payloads:
-        await journal.append(payload)
-    journal.close()
+def filled(path: Path, *payloads: bytes) -> bytes:
+    path.write_bytes(b"".join(encode(p) for p in (b"test 1", *payloads)))
     return path.read_bytes()
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
 
 
 class Disk:
@@ -69,7 +70,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 
 async def test_cut_at_every_byte_leaves_a_prefix_and_goes_on(tmp_path: Path) -> None:
     payloads = [b"one", b"two two", b"three"]
-    whole = await filled(tmp_path / "whole", *payloads)
+    whole = filled(tmp_path / "whole", *payloads)
     for length in range(len(whole) + 1):
         path = tmp_path / "cut"
         path.write_bytes(whole[:length])
@@ -85,7 +86,7 @@ async def test_cut_at_every_byte_leaves_a_prefix_and_goes_on(tmp_path: Path) -> 
 
 
 async def test_damage_in_the_middle_costs_that_line_only(tmp_path: Path) -> None:
-    whole = await filled(tmp_path / "j", b"one", b"two", b"three")
+    whole = filled(tmp_path / "j", b"one", b"two", b"three")
     for bit in (0, 5, 7):
         at = whole.index(b"two") + 1
         (tmp_path / "j").write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
@@ -139,11 +140,11 @@ async def test_suspect_file_is_rewritten_before_the_next_append(
     journal.close()
     assert reopen(tmp_path / "j").lines == [b"kept", b"later"]
     assert (tmp_path / "j").stat().st_ino != before
-    assert [p.name for p in tmp_path.iterdir()] == ["j"]
+    assert names(tmp_path) == ["j"]
 
 
 async def test_torn_tail_on_a_full_disk_still_opens(tmp_path: Path, disk: Disk) -> None:
-    whole = await filled(tmp_path / "j", b"one", b"two")
+    whole = filled(tmp_path / "j", b"one", b"two")
     (tmp_path / "j").write_bytes(whole[:-2])
     disk.room = 0
     journal = reopen(tmp_path / "j")
@@ -185,8 +186,6 @@ async def test_compaction_replaces_history_and_keeps_what_follows(
     journal = reopen(tmp_path / "j")
     for n in range(4):
         await journal.append(b"history %d" % n)
-    assert not Journal.long(reopen(tmp_path / "other"))
-    journal._compact_at = 4
     assert journal.long()
     pending = asyncio.create_task(journal.append(b"meanwhile"))
     await journal.compact([b"live"])
@@ -207,4 +206,4 @@ async def test_failed_compaction_leaves_the_old_file(tmp_path: Path, disk: Disk)
     await journal.append(b"two")
     journal.close()
     assert reopen(tmp_path / "j").lines == [b"one", b"two"]
-    assert [p.name for p in tmp_path.iterdir()] == ["j"]
+    assert names(tmp_path) == ["j"]

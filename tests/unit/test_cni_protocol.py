@@ -53,7 +53,11 @@ def endpoint(*addresses: str) -> LocalEndpoint:
 def test_add_is_parsed() -> None:
     request = protocol.parse(env("ADD"), conf(unknown={"a": 1}))
     assert request.command is Command.ADD
-    assert (request.container_id, request.netns, request.ifname) == ("c0ffee", "/run/netns/x", "eth0")
+    assert (request.container_id, request.netns, request.ifname) == (
+        "c0ffee",
+        "/run/netns/x",
+        "eth0",
+    )
     assert request.pod == PodRef("ns", "web-0", "u1")
     assert request.network == "weir"
 
@@ -64,9 +68,7 @@ def test_add_is_parsed() -> None:
         pytest.param(env("ADD"), b"", Code.DECODE_FAILURE, "standard input", id="empty"),
         pytest.param(env("ADD"), conf()[:-9], Code.DECODE_FAILURE, "truncated", id="truncated"),
         pytest.param(env("ADD"), b"\xff\xfe{}", Code.DECODE_FAILURE, "JSON", id="not-text"),
-        pytest.param(
-            env("ADD"), b'{"a":' + b"[" * 100_000, Code.DECODE_FAILURE, "JSON", id="deep"
-        ),
+        pytest.param(env("ADD"), b'{"a":' + b"[" * 100_000, Code.DECODE_FAILURE, "JSON", id="deep"),
         pytest.param(env("ADD"), b"[]", Code.INVALID_CONFIG, "object", id="not-an-object"),
         pytest.param(env("ADD"), conf(name=None), Code.INVALID_CONFIG, "name", id="no-name"),
         pytest.param(env("ADD"), conf(name=""), Code.INVALID_CONFIG, "$.name", id="empty-name"),
@@ -111,7 +113,11 @@ def test_add_is_parsed() -> None:
             id="long-ifname",
         ),
         pytest.param(
-            env("ADD", CNI_IFNAME="a b"), conf(), Code.INVALID_ENVIRONMENT, "'a b'", id="ifname-space"
+            env("ADD", CNI_IFNAME="a b"),
+            conf(),
+            Code.INVALID_ENVIRONMENT,
+            "'a b'",
+            id="ifname-space",
         ),
         pytest.param(
             env("ADD", CNI_ARGS="K8S_POD_NAME"),
@@ -159,7 +165,9 @@ LIVING = [{"containerID": "a", "ifname": "eth0"}, {"containerID": "b", "ifname":
 @pytest.mark.parametrize(
     ("given", "valid"),
     [
-        pytest.param({"cni.dev/valid-attachments": LIVING}, {("a", "eth0"), ("b", "net1")}, id="list"),
+        pytest.param(
+            {"cni.dev/valid-attachments": LIVING}, {("a", "eth0"), ("b", "net1")}, id="list"
+        ),
         pytest.param({"cni.dev/attachments": LIVING[:1]}, {("a", "eth0")}, id="first-text's-key"),
         pytest.param({"cni.dev/valid-attachments": []}, set(), id="empty"),
         pytest.param({"cni.dev/valid-attachments": "null"}, set(), id="null-is-empty"),
@@ -176,7 +184,9 @@ def test_gc_names_what_lives(given: dict[str, Any], valid: set[tuple[str, str]] 
 
 @pytest.mark.parametrize("version", protocol.SUPPORTED_VERSIONS)
 def test_result_in_the_form_of_each_version(version: str) -> None:
-    request = protocol.parse(env("ADD"), conf(cniVersion=version, dns={"nameservers": ["10.0.0.10"]}))
+    request = protocol.parse(
+        env("ADD"), conf(cniVersion=version, dns={"nameservers": ["10.0.0.10"]})
+    )
     reply = protocol.result(request, endpoint("10.1.0.7", "fd00::7"), 1450)
     mtu = {"mtu": 1450} if version == "1.1.0" else {}
     four, six = ({}, {}) if version[0] == "1" else ({"version": "4"}, {"version": "6"})

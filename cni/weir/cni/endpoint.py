@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
+
 from weir.api.address import Addr
 from weir.cni.errors import JournalError
 from weir.cni.journal import Journal

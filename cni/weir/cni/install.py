@@ -80,12 +80,11 @@ def _replace(path: Path, content: bytes, mode: int) -> Path:
         if path.is_file() and path.read_bytes() == content and path.stat().st_mode & 0o777 == mode:
             return path
         partial.unlink(missing_ok=True)
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        with open(fd, "wb") as file:
+        with partial.open("xb") as file:
+            os.fchmod(file.fileno(), mode)  # whatever the umask
             file.write(content)
-            os.fchmod(fd, mode)  # whatever the umask
             file.flush()
-            os.fsync(fd)
+            os.fsync(file.fileno())
         partial.rename(path)
     except OSError as error:
         raise InstallError(f"cannot put {path} in place: {error}") from error

@@ -56,7 +56,7 @@ TIMEOUT_SECONDS = 10
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_LINKINFO, IFLA_AF_SPEC = 1, 3, 4, 5, 18, 26
 IFLA_NET_NS_FD, INFO_KIND, INFO_DATA, VETH_INFO_PEER = 28, 1, 2, 1
 INET_CONF, INET6_ADDR_GEN_MODE, ADDR_GEN_NONE = 1, 8, 1
-CONF_ACCEPT_REDIRECTS, CONF_SEND_REDIRECTS, CONF_RP_FILTER = 3, 6, 8
+CONF_PROXY_ARP, CONF_ACCEPT_REDIRECTS, CONF_SEND_REDIRECTS, CONF_RP_FILTER = 3, 4, 6, 8
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
 RTA_DST, RTA_OIF, RTA_GATEWAY = 1, 4, 5
 NDA_DST, NDA_LLADDR = 1, 2
@@ -164,8 +164,8 @@ def set_up(index: int) -> Message:
 
 
 def quiet_host_end(name: str) -> Message:
-    """No link-local address, no redirects either way, no reverse path filter of its own."""
-    conf = (CONF_ACCEPT_REDIRECTS, CONF_SEND_REDIRECTS, CONF_RP_FILTER)
+    """No redirects either way, no proxy ARP, no reverse path filter of its own."""
+    conf = (CONF_PROXY_ARP, CONF_ACCEPT_REDIRECTS, CONF_SEND_REDIRECTS, CONF_RP_FILTER)
     ipv4 = nested(socket.AF_INET, nested(INET_CONF, *(attribute(c, U32.pack(0)) for c in conf)))
     body = IFINFO.pack(0, 0, 0, 0, 0) + attribute(IFLA_IFNAME, name.encode() + b"\0")
     return Message(f"set {name}'s IPv4 options", SETLINK, 0, body + nested(IFLA_AF_SPEC, ipv4))
@@ -238,23 +238,28 @@ class Netlink:
         self._socket.close()
 
     def send(self, messages: Sequence[Message]) -> None:
-        """All of them in one send. NetlinkError of the first that failed; the others are done."""
+        """All of them in one send. NetlinkError of the first that failed; the others are done.
+
+        Only the last one asks for an answer: errors come anyway, and each answer would cost a
+        system call and a fight for the interpreter lock.
+        """
         first = self._sequence + 1
+        last = self._sequence + len(messages)
         parts = []
         for message in messages:
             self._sequence += 1
             length = HEADER.size + len(message.body)
-            flags = REQUEST | ACK | message.flags
+            flags = REQUEST | message.flags | (ACK if self._sequence == last else 0)
             parts.append(HEADER.pack(length, message.kind, flags, self._sequence, 0))
             parts.append(message.body + b"\0" * (-len(message.body) % 4))
         failed = None
         self._transmit(b"".join(parts))
-        answered = 0
-        while answered < len(messages):
+        answered = False
+        while not answered:
             for kind, flags, sequence, body in self._receive():
                 if kind != NLMSG_ERROR or sequence < first:
                     continue
-                answered += 1
+                answered = sequence == last
                 message = messages[sequence - first]
                 number = -struct.unpack_from("=i", body)[0]
                 if number and number not in message.fine and failed is None:

@@ -64,16 +64,32 @@ def inside(fd: int) -> Iterator[None]:
 def sysctl(name: str, value: int, *, root: Path = SYSCTLS, optional: bool = False) -> None:
     """Writes e.g. "net/ipv4/ip_forward", unless it has the value already: the file may be
     read-only. `optional`: the kernel may lack it."""
-    path = root / name
+    wanted = str(value).encode()
     try:
-        # reading costs less than writing, which takes rtnl for some of them
-        if path.read_text().strip() != str(value):
-            path.write_text(str(value))
+        if _read(root / name) != wanted:
+            _write(root / name, wanted)
     except FileNotFoundError as error:
         if not optional:
             raise WiringError(f"no sysctl {name}", details=str(error)) from error
     except OSError as error:
         raise WiringError(f"cannot set the sysctl {name} to {value}", details=str(error)) from error
+
+
+def _read(path: Path) -> bytes:
+    """pathlib and buffered files cost ten times what the kernel takes, for each of five a pod."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 64).strip()
+    finally:
+        os.close(fd)
+
+
+def _write(path: Path, value: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value)
+    finally:
+        os.close(fd)
 
 
 def _setns(fd: int) -> None:

@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Annotated, TypeVar
 
 import msgspec
+
 from weir.api import address
 from weir.cni.endpoint import NO_POD, LocalEndpoint, PodRef
 from weir.cni.errors import CniError, Code
@@ -107,10 +108,10 @@ class _Config(msgspec.Struct, frozen=True):
     cni_version: str = msgspec.field(default="", name="cniVersion")
     dns: Dns = NO_DNS
     prev_result: msgspec.Raw = msgspec.field(default=NOTHING, name="prevResult")
-    valid_attachments: tuple[Attachment, ...] | None | msgspec.UnsetType = msgspec.field(
+    valid_attachments: tuple[Attachment, ...] | msgspec.UnsetType | None = msgspec.field(
         default=msgspec.UNSET, name="cni.dev/valid-attachments"
     )
-    attachments: tuple[Attachment, ...] | None | msgspec.UnsetType = msgspec.field(
+    attachments: tuple[Attachment, ...] | msgspec.UnsetType | None = msgspec.field(
         default=msgspec.UNSET, name="cni.dev/attachments"
     )
 

@@ -25,7 +25,7 @@ import asyncio
 import dataclasses
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -43,7 +43,7 @@ ANY_V4 = address.parse("0.0.0.0")  # noqa: S104  the default route, not a socket
 ANY_V6 = address.parse("::")
 LOOPBACK = 1
 WORKERS = 2
-"""Creating and deleting links is serial in the kernel; the second hides a deletion's waits."""
+"""The kernel makes links one after the other; the second thread's Python runs meanwhile."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -56,6 +56,8 @@ class Wiring:
         self.mtu = mtu
         self._sysctls = sysctls
         self._threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="wiring")
+        # deleting a link waits 20 ms in the kernel: a node's teardown must not hold up its ADDs
+        self._removal = ThreadPoolExecutor(1, thread_name_prefix="unwiring")
 
     async def prepare_host(self) -> None:
         await self._run(prepare_host, self._sysctls)
@@ -79,7 +81,7 @@ class Wiring:
 
     async def remove(self, ifname: str) -> None:
         """Deletes the pair by its host end, and with it all addresses and routes. Idempotent."""
-        await self._run(remove, ifname)
+        await self._finish(self._removal.submit(remove, ifname))
 
     async def host_links(self) -> dict[str, Link]:
         """The host ends that exist, by name."""
@@ -91,9 +93,14 @@ class Wiring:
 
     def close(self) -> None:
         self._threads.shutdown()
+        self._removal.shutdown()
 
     async def _run(self, job: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        future = asyncio.wrap_future(self._threads.submit(job, *args, **kwargs))
+        return await self._finish(self._threads.submit(job, *args, **kwargs))
+
+    @staticmethod
+    async def _finish(job: Future[R]) -> R:
+        future = asyncio.wrap_future(job)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
