@@ -241,7 +241,7 @@ def ping(host: str, size: int = 56, timeout: float = 1.0) -> dict[str, Any]:
     six = ":" in host
     kind, reply = (128, 129) if six else (8, 0)
     family = socket.AF_INET6 if six else socket.AF_INET
-    protocol = socket.getprotobyname("ipv6-icmp") if six else socket.IPPROTO_ICMP
+    protocol = socket.IPPROTO_ICMPV6 if six else socket.IPPROTO_ICMP
     identity = os.getpid() & 0xFFFF
     body = struct.pack("!HH", identity, 1) + bytes(size)
     total = 0 if six else checksum(struct.pack("!BBH", kind, 0, 0) + body)
