@@ -16,6 +16,7 @@ from contextlib import ExitStack
 import pytest
 from node.conftest import Installation
 from support.namespaces import NetNs, veth
+from support.timing import SCALE
 
 from weir.datapath import libbpf
 from weir.datapath.datapath import Datapath
@@ -23,7 +24,10 @@ from weir.datapath.errors import DeviceGone
 from weir.datapath.features import Features
 from weir.datapath.records import MetricKey
 
+pytestmark = pytest.mark.core
+
 SWAPS = 40
+WAIT = f"-W{2 * SCALE:.0f}"
 SO_RCVBUFFORCE = 33  # the socket module has no name for it
 
 
@@ -41,7 +45,7 @@ def bound(netns: NetNs, ip: str) -> socket.socket:
         made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     made.bind((ip, 0))
     made.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 64 << 20)
-    made.settimeout(2)
+    made.settimeout(2 * SCALE)
     return made
 
 
@@ -140,7 +144,7 @@ def test_a_new_device_of_the_same_name_is_attached_anew(
                 assert datapath.attached() == set()
             datapath.attach_pod("veth0")
             before = packets(datapath.tables.metrics.get(MetricKey(0, 0)))
-            pod.run("ping", "-c1", "-W2", "192.0.2.1")
+            pod.run("ping", "-c1", WAIT, "192.0.2.1")
             assert packets(datapath.tables.metrics.get(MetricKey(0, 0))) > before
             host.run("ip", "link", "del", "veth0")
 
@@ -156,10 +160,10 @@ def test_detach_stops_the_programs(
     with host.entered():
         datapath = installation.open(kernel=kernel)
         datapath.attach_pod("veth0")
-        pod.run("ping", "-c1", "-W2", "192.0.2.1")
+        pod.run("ping", "-c1", WAIT, "192.0.2.1")
         datapath.detach_pod("veth0")
         before = packets(datapath.tables.metrics.get(MetricKey(0, 0)))
-        pod.run("ping", "-c1", "-W2", "192.0.2.1")
+        pod.run("ping", "-c1", WAIT, "192.0.2.1")
         assert before > 0
         assert packets(datapath.tables.metrics.get(MetricKey(0, 0))) == before
         assert datapath.attached() == set()

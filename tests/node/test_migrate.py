@@ -19,6 +19,8 @@ from weir.datapath.migrate import Migration
 from weir.datapath.records import Address, CtEntry, CtKey, Prefix, PrefixKey, Service, ServiceKey
 from weir.datapath.settings import Settings, Sizes
 
+pytestmark = pytest.mark.core
+
 A = address.parse("10.0.0.1")
 B = address.parse("2001:db8::1")
 BIGGER = Sizes(services=9000, prefixes=200_000, ct=9000, events=524_288)

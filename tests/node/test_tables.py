@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from node.conftest import Installation
+from support.timing import SCALE
 
 from weir.api import address
 from weir.datapath import libbpf
@@ -40,6 +41,8 @@ from weir.datapath.records import (
     SockNatKey,
 )
 from weir.datapath.settings import Sizes
+
+pytestmark = pytest.mark.core
 
 MANY = 100_000
 PACKET = bytes(12) + b"\x08\x00" + bytes(50)
@@ -153,7 +156,7 @@ async def test_events_wake_a_loop(installation: Installation) -> None:
         woken = asyncio.Event()
         loop.add_reader(reader.fd, woken.set)
         tell(datapath, 1, mark)
-        await asyncio.wait_for(woken.wait(), 5)
+        await asyncio.wait_for(woken.wait(), 5 * SCALE)
         loop.remove_reader(reader.fd)
         assert [event.rule for event in reader.drain()] == [mark]
     reader.close()
@@ -178,5 +181,5 @@ def test_speed_of_a_large_table(installation: Installation, name: str) -> None:
     }
     print(f"{name}, {MANY} entries, ns an entry:", {k: round(v) for k, v in figures.items()})
     assert list(table.items()) == []
-    assert figures["write"] < 20_000
-    assert figures["read"] < 20_000
+    assert figures["write"] < 20_000 * SCALE
+    assert figures["read"] < 20_000 * SCALE

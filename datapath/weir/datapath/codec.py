@@ -61,7 +61,7 @@ def leaves(btf: Btf, number: int, path: str = "", offset: int = 0) -> list[Leaf]
                 name = f"{path}.{member.name}" if path else member.name
                 found += leaves(btf, member.type, name, offset + member.offset)
         return found
-    if entry.kind is Kind.STRUCT or _is_bytes(btf, entry):
+    if entry.kind is Kind.STRUCT or _is_plain_array(btf, entry):
         return [Leaf(path, offset, f"{size}s", size, big=False)]
     if entry.kind in {Kind.INT, Kind.ENUM}:
         form = _UNSIGNED[size].lower() if entry.signed else _UNSIGNED[size]
@@ -69,8 +69,9 @@ def leaves(btf: Btf, number: int, path: str = "", offset: int = 0) -> list[Leaf]
     raise LayoutMismatch("lay out", path or entry.name, 0, f"{entry.kind.name} is not supported")
 
 
-def _is_bytes(btf: Btf, entry: Type) -> bool:
-    return entry.kind is Kind.ARRAY and btf.size(entry.target) == 1
+def _is_plain_array(btf: Btf, entry: Type) -> bool:
+    """Such a member is bytes here, whatever its numbers are to the programs."""
+    return entry.kind is Kind.ARRAY and btf.resolve(entry.target).kind is Kind.INT
 
 
 def signature(btf: Btf, number: int) -> str:

@@ -183,7 +183,8 @@ class Object:
             entry = lib.bpf_object__next_map(self._object, entry)
 
     def maps(self) -> list[MapDefinition]:
-        """The declared maps, without those that libbpf makes for global variables."""
+        """The maps declared as pinned by name. The others live and die with the programs:
+        libbpf makes them at load, as it does for global variables."""
         return [
             MapDefinition(
                 name=ffi.string(lib.bpf_map__name(entry)).decode(),
@@ -198,7 +199,7 @@ class Object:
                 value_type=lib.bpf_map__btf_value_type_id(entry),
             )
             for entry in self._maps()
-            if not lib.bpf_map__is_internal(entry)
+            if lib.bpf_map__pin_path(entry) != ffi.NULL
         ]
 
     def use_map(self, name: str, fd: int) -> None:

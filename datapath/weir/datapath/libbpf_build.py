@@ -69,6 +69,7 @@ __u32 bpf_map__btf_key_type_id(const struct bpf_map *);
 __u32 bpf_map__btf_value_type_id(const struct bpf_map *);
 int bpf_map__reuse_fd(struct bpf_map *, int fd);
 int bpf_map__set_pin_path(struct bpf_map *, const char *path);
+const char *bpf_map__pin_path(const struct bpf_map *);
 void *weir_map_initial_value(struct bpf_map *, size_t *size);
 
 struct bpf_program *bpf_object__next_program(const struct bpf_object *, struct bpf_program *);

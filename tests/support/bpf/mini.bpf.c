@@ -19,6 +19,7 @@
 		__uint(max_entries, size);				\
 		__type(key, key_type);					\
 		__type(value, value_type);				\
+		__uint(pinning, LIBBPF_PIN_BY_NAME);			\
 	} name SEC(".maps")
 
 #ifdef OTHER_LAYOUT
@@ -47,7 +48,16 @@ TABLE(metrics, PERCPU_HASH, 0, 64, struct metric_key, struct metric);
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 262144);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } events SEC(".maps");
+
+/* Not pinned: of this object alone, made anew with the programs. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} passing SEC(".maps");
 
 const volatile struct ip_addr node_ipv4 = {};
 const volatile struct ip_addr node_ipv6 = {};
@@ -113,7 +123,12 @@ int from_pod(struct __sk_buff *skb)
 SEC("tc")
 int to_pod(struct __sk_buff *skb)
 {
-	/* The tests read these back, and the maps must not be optimised away. */
+	__u32 zero = 0;
+	__u32 *passed = bpf_map_lookup_elem(&passing, &zero);
+
+	if (passed)
+		skb->priority = ++*passed;
+	/* The test reads it back. */
 	skb->mark = overlay_mtu;
 	return TC_ACT_OK;
 }
