@@ -5,25 +5,30 @@ Services: new slots → service rows → old slots. Policy, where an address mov
 and a subject from rule set R to S:
 
 1. rows that are to be, beside those that are;
-2. addresses that gain selectors (a ⊆ b) move; those that gain and lose move to a ∪ b, whose
-   rows are those of both;
-3. endpoints switch to their new rule sets (and to isolation, whose rows are there);
+2. addresses that gain selectors (a ⊆ b) move; those that gain and lose move to a ∪ b;
+3. endpoints become isolated, then switch between rule sets, then become free;
 4. addresses that lose selectors move, gone ones go;
 5. rows that are no more.
 
-A verdict is an OR over rows and rows are a union over a class's selectors, so at each point a
-packet meets rules and selectors of which the old or the new state had every one: what both
-states allow is allowed throughout, what both deny is denied throughout. tests/unit checks this
-op by op.
+The class that an address is in during step 3 (b, a ∪ b or a) gets copies of the rows of both a
+and b, of old rule sets and of new ones, as far as it lacks them, and loses them in step 5.
+
+A verdict is an OR over rows and rows are a union over a class's selectors. So throughout the
+change of one policy in one direction, or of the labels of a pod elsewhere, or while a policy
+comes or goes, what old and new state both allow is allowed and what both deny is denied:
+tests/unit checks it op by op. Several such changes in one delta, or a relabelled pod of this node
+(first other pods' peer, then subject), look like some order of them, one after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Generic, TypeVar
 
 from weir.agent.classes import NOTHING, ClassContent, Numbers
+from weir.agent.policy import PolicyTables
 from weir.agent.rows import Change
 from weir.agent.tables import Delta
 from weir.api.address import Addr
@@ -59,21 +64,23 @@ class Plan:
 def plan(
     delta: Delta,
     numbers: Numbers[ClassContent],
-    policy_rows: Mapping[records.PolicyKey, records.PolicyVerdict],
+    policy: PolicyTables,
 ) -> Plan:
-    """`policy_rows`: all desired ones, of which classes on their way need copies."""
+    """`policy`: has the desired rows, of which classes on their way need copies."""
     moves = Moves(numbers)
     early_addresses, late_addresses = moves.split(delta.addresses, _address_class)
     early_prefixes, late_prefixes = moves.split(delta.prefixes, _prefix_class)
-    early, switch, late = moves.endpoints(delta.endpoints)
-    copies = moves.copies(policy_rows, delta.policy)
+    early, isolate, switch, free, late = moves.endpoints(delta.endpoints)
+    copies = moves.copies(policy, delta.policy)
     obsolete = _deletes(delta.policy) + tuple(copies)
     ops: list[AnyOp] = [
         _op("policy", _upserts(delta.policy) | copies),
         _op("prefixes", early_prefixes),
         _op("addresses", early_addresses),
         _op("endpoints", early),
+        _op("endpoints", isolate),
         _op("endpoints", switch),
+        _op("endpoints", free),
         _op("endpoints", late, _deletes(delta.endpoints)),
         _op("addresses", late_addresses, _deletes(delta.addresses)),
         _op("prefixes", late_prefixes, _deletes(delta.prefixes)),
@@ -125,22 +132,29 @@ class Moves:
 
     def endpoints(
         self, changes: Mapping[Addr, Change[records.Endpoint]]
-    ) -> tuple[dict[Addr, records.Endpoint], ...]:
-        """Rows before, at and after the switch of rule sets."""
-        stages: tuple[dict[Addr, records.Endpoint], ...] = ({}, {}, {})
+    ) -> list[dict[Addr, records.Endpoint]]:
+        """Rows by stage: class early, isolate, switch rule sets, un-isolate, class late."""
+        stages: list[dict[Addr, records.Endpoint]] = [{} for _ in range(5)]
         for addr, (old, new) in changes.items():
             if new is None:
                 continue
             if old is None or old.ifindex != new.ifindex:
                 stages[1][addr] = new
                 continue
-            between = self.between(old.class_, new.class_)
+            between = replace(old, class_=self.between(old.class_, new.class_))
+            isolated = replace(
+                between,
+                egress=old.egress if old.egress.rule_set else new.egress,
+                ingress=old.ingress if old.ingress.rule_set else new.ingress,
+            )
+            switched = replace(
+                isolated,
+                egress=new.egress if new.egress.rule_set else old.egress,
+                ingress=new.ingress if new.ingress.rule_set else old.ingress,
+            )
+            last = replace(new, class_=between.class_)
             row = old
-            for stage, wanted in zip(
-                stages,
-                (replace(old, class_=between), replace(new, class_=between), new),
-                strict=True,
-            ):
+            for stage, wanted in zip(stages, (between, isolated, switched, last, new), strict=True):
                 if wanted != row:
                     stage[addr] = row = wanted
         return stages
@@ -149,39 +163,41 @@ class Moves:
         """The class to be in while endpoints switch: old, new, or one that is both."""
         if old == new:
             return new
+        number = self._between.get((old, new))
+        if number is not None:
+            return number
         before = self._numbers.key(old) or NOTHING
         after = self._numbers.key(new) or NOTHING
         if before <= after:
-            return new
-        if after <= before:
-            return old
-        number = self._between.get((old, new))
-        if number is None:
+            number = new
+        elif after <= before:
+            number = old
+        else:
             number = self._numbers.acquire(before | after)
             self.borrowed.append(number)
-            self._between[old, new] = number
+        self._between[old, new] = number
         return number
 
     def copies(
         self,
-        rows: Mapping[records.PolicyKey, records.PolicyVerdict],
+        policy: PolicyTables,
         changes: Mapping[records.PolicyKey, Change[records.PolicyVerdict]],
     ) -> dict[records.PolicyKey, records.PolicyVerdict]:
-        """Rows of classes in between: those of both sides, old and new."""
+        """Rows that a class in between lacks: those of both sides, of old and new rule sets."""
         targets: dict[int, set[int]] = {}
         for (old, new), between in self._between.items():
-            targets.setdefault(old, set()).add(between)
-            targets.setdefault(new, set()).add(between)
+            for source in {old, new} - {between}:
+                targets.setdefault(source, set()).add(between)
         copies: dict[records.PolicyKey, records.PolicyVerdict] = {}
         if not targets:
             return copies
-        gone = {key: change.old for key, change in changes.items() if change.old is not None}
-        for source in (gone, rows):
-            for key, verdict in source.items():
-                for number in targets.get(key.peer, ()):
-                    copy = replace(key, peer=number)
-                    if copy not in rows:
-                        copies[copy] = verdict
+        gone = ((key, change.old) for key, change in changes.items() if change.old is not None)
+        wanted = (row for source in targets for row in policy.rows_of_peer(source))
+        for key, verdict in chain(gone, wanted):
+            for number in targets.get(key.peer, ()):
+                copy = replace(key, peer=number)
+                if policy.rows.get(copy) is None:
+                    copies[copy] = verdict
         return copies
 
 

@@ -198,6 +198,12 @@ class PolicyTables:
         egress, ingress = self._subjects.get(subject, (None, None))
         return SubjectPolicy(_isolation(egress), _isolation(ingress))
 
+    def rows_of_peer(self, peer: int) -> Iterator[tuple[records.PolicyKey, records.PolicyVerdict]]:
+        """Desired rows for one peer class, of all rule sets."""
+        for rule_set in self._rule_sets.values():
+            for key in rule_set.keys.get(peer, ()):
+                yield key, self.rows.rows[key]
+
     def policies_of(self, rule_set: int) -> tuple[PolicyName, ...]:
         known = self._by_number.get(rule_set)
         return known.key.policies if known is not None else ()
