@@ -30,6 +30,7 @@ from typing import Any
 import pytest
 from support.namespaces import NetNs, run
 
+from weir.cni.endpoint import host_ifname
 from weir.cni.journal import decode
 
 ROOT = Path(__file__).parents[2]
@@ -278,6 +279,24 @@ def test_add_again_wires_anew_with_the_same_addresses(agent: Agent, pod: NetNs) 
     assert len(agent.wired()) == len(agent.leases()) == 1
 
 
+def test_two_adds_of_one_container_at_once(agent: Agent, pod: NetNs) -> None:
+    agent.start()
+    with ThreadPoolExecutor() as threads:
+        one, two = threads.map(lambda _: agent.pod("ADD", pod), range(2))
+    assert one.exit == 0
+    assert one == two
+    ping(pod, "192.0.2.1")
+    assert len(agent.wired()) == len(agent.leases()) == 1
+
+
+def test_leftover_link_of_the_same_container_is_replaced(agent: Agent, pod: NetNs) -> None:
+    agent.start()
+    name = host_ifname("c1", "eth0")
+    agent.node.run("ip", "link", "add", name, "type", "veth", "peer", "eth0", "netns", pod.path)
+    assert agent.pod("ADD", pod).exit == 0
+    ping(pod, "192.0.2.1")
+
+
 def test_second_interface_of_a_container_is_refused(agent: Agent, pod: NetNs) -> None:
     agent.start()
     assert agent.pod("ADD", pod).exit == 0
@@ -317,7 +336,10 @@ def test_check_sees_the_host_end_and_prev_result(agent: Agent, pod: NetNs) -> No
     agent.start()
     answer = agent.pod("ADD", pod)
     agent.node.run("ip", "route", "del", "10.200.1.2")
+    host = answer.json["interfaces"][0]["name"]
+    agent.node.run("ip", "link", "set", host, "address", "02:00:00:00:00:98")
     checked = agent.pod("CHECK", pod, prevResult={**answer.json, "ips": []})
+    assert f"{host} has the MAC address 02:00:00:00:00:98" in checked.json["details"]
     assert "lacks the route to 10.200.1.2" in checked.json["details"]
     assert "prevResult lacks the address fd00:200:1::2" in checked.json["details"]
 
@@ -482,13 +504,8 @@ def test_socket_is_roots_alone(agent: Agent) -> None:
 
 def test_junk_on_the_socket_harms_nobody(agent: Agent, pod: NetNs) -> None:
     agent.start()
-    for junk in (
-        b"",
-        b"\0",
-        struct.pack("!II", 1 << 31, 0),
-        b"\xff" * 64,
-        struct.pack("!II", 3, 3),
-    ):
+    cut = struct.pack("!II", 3, 3)
+    for junk in (b"", b"\0", b"\xff" * 64, cut, cut + b"a=b{}}"):
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(agent.socket))
             client.sendall(junk)
@@ -496,6 +513,19 @@ def test_junk_on_the_socket_harms_nobody(agent: Agent, pod: NetNs) -> None:
     idle.connect(str(agent.socket))
     assert agent.pod("ADD", pod).exit == 0
     idle.close()
+
+
+@pytest.mark.parametrize("lengths", [(1 << 31, 0), (0, 1 << 31), (256 * 1024 + 1, 2)])
+def test_lengths_beyond_the_limits_are_refused_at_once(
+    agent: Agent, lengths: tuple[int, int]
+) -> None:
+    agent.start()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(2)
+        client.connect(str(agent.socket))
+        client.sendall(struct.pack("!II", *lengths))
+        exit_code, length = struct.unpack("!II", client.recv(8, socket.MSG_WAITALL))
+        assert (exit_code, json.loads(client.recv(length))["code"]) == (1, 6)
 
 
 @pytest.mark.parametrize("step", ["identity", "publish", "attach"])
