@@ -38,7 +38,7 @@ PRIVATE_MOUNTS = ("unshare", "--mount", "--propagation", "private")
 
 def inside(name: str, path: Path) -> int:
     """One benchmark, in this process."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         module = importlib.import_module(f"bench.{name}")
         result.write(module.run(), path)

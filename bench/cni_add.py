@@ -154,6 +154,7 @@ def run() -> list[result.Result]:
         tempfile.TemporaryDirectory(prefix="weir-bench-") as name,
     ):
         folder = Path(name)
+        node.add_uplink()
         with agent(node, folder) as service:
             weir_ms: list[float] = []
             bridge_ms: list[float] = []

@@ -82,6 +82,12 @@ class WeirNode:
         self.pods.append(made)
         return made
 
+    def add_uplink(self) -> None:
+        """A node always has one, and the first attachment of all is another matter: for it the
+        kernel patches its own code."""
+        self.namespace.ip("link add uplink type veth peer name wire")
+        self.inside(lambda: self.datapath.attach_uplink("uplink"))
+
     def publish(self, endpoint: LocalEndpoint, class_: int) -> None:
         """The map rows of an endpoint."""
         level = 1 << PolicyLevel.PORT_BITS_MAX

@@ -14,11 +14,10 @@ import os
 import sys
 from pathlib import Path
 
+from kernels.report import Load
 from weir.api import address
 from weir.datapath import errors, features, libbpf, loader
 from weir.datapath.settings import Settings, Sizes
-
-from kernels.report import Load
 
 MAP_ENTRIES = 4096
 ON: dict[str, object] = {
