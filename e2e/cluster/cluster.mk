@@ -29,3 +29,7 @@ deploy: setup ## build a changed Weir and roll it out on the cluster that is up
 .PHONY: conformance
 conformance: ## Kubernetes' own suite on the cluster that is up or KUBECONFIG: FOCUS= SKIP= PROCS=4
 	@PYTHONPATH=$(CURDIR) $(firstword $(wildcard $(PYTHON)) python3) -m e2e.conformance
+
+.PHONY: kind-e2e
+kind-e2e: setup ## with Docker: build, make a kind cluster, install, run the e2e suite; KEEP=1 keeps it
+	@e2e/kind/run.sh
