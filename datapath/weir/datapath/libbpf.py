@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only user of cffi: libbpf's calls with Python types, and errors as DatapathError.
 
-File descriptors are plain ints that the caller owns. Addresses of buffers, batch tokens
-and libbpf's error conventions do not leave this module.
+File descriptors are plain ints that the caller owns. Addresses of buffers, batch tokens and
+libbpf's error conventions do not leave this module, which is why it is one and long.
 """
 
 from __future__ import annotations
@@ -273,11 +273,6 @@ def fs_magic(path: Path) -> int:
 
 def possible_cpus() -> int:
     return check(lib.libbpf_num_possible_cpus(), "count", "CPUs")
-
-
-def library_version() -> str:
-    version: str = ffi.string(lib.libbpf_version_string()).decode()
-    return version
 
 
 # ---- objects in the kernel ---------------------------------------------------

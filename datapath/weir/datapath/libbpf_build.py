@@ -46,7 +46,6 @@ struct weir_drain {
 
 void weir_log_init(void);
 size_t weir_log_take(char *out, size_t size);
-const char *libbpf_version_string(void);
 int libbpf_num_possible_cpus(void);
 long weir_fs_magic(const char *path);
 
@@ -75,7 +74,6 @@ void *weir_map_initial_value(struct bpf_map *, size_t *size);
 struct bpf_program *bpf_object__next_program(const struct bpf_object *, struct bpf_program *);
 const char *bpf_program__name(const struct bpf_program *);
 int bpf_program__fd(const struct bpf_program *);
-int weir_program_type(const struct bpf_program *);
 int weir_program_attach_type(const struct bpf_program *);
 
 int weir_map_create(int type, const char *name, __u32 key_size, __u32 value_size,
@@ -208,11 +206,6 @@ static int weir_map_type(const struct bpf_map *map)
 static void *weir_map_initial_value(struct bpf_map *map, size_t *size)
 {
     return (void *)bpf_map__initial_value(map, size);
-}
-
-static int weir_program_type(const struct bpf_program *program)
-{
-    return bpf_program__type(program);
 }
 
 static int weir_program_attach_type(const struct bpf_program *program)

@@ -39,9 +39,7 @@ class Table(TableLike[K, V]):
         self.fd = fd
         self._keys = keys
         self._values = values
-        shape = libbpf.map_info(fd, name).shape
-        self.type = libbpf.MapType(shape.type)
-        self.max_entries = shape.max_entries
+        self.max_entries = libbpf.map_info(fd, name).shape.max_entries
 
     def __repr__(self) -> str:
         return f"Table({self.name!r}, max_entries={self.max_entries})"
