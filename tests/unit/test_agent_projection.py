@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from support.worlds import (
     TCP,
     UDP,
@@ -22,6 +21,7 @@ from support.worlds import (
     endpoint,
     questions,
 )
+
 from weir.agent.plan import plan
 from weir.agent.policy import DENY_ALL
 from weir.agent.ports import PortPrefix, prefixes
@@ -272,3 +272,15 @@ def test_an_event_names_the_rule_and_the_policy() -> None:
     name = projection.rule_numbers.key(verdict.rule)
     assert name is not None
     assert (name.namespace, name.policy, name.egress, name.index) == ("ns", "p", False, 0)
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_flows_to_a_new_isolated_pod_are_judged_again(isolated: bool) -> None:
+    """They may have begun before the pod: then nothing judged its ingress."""
+    policies = {"p": Policy("a", True, False)} if isolated else {}
+    projection = Projection()
+    projection.apply(World({1: Pod(frozenset("a"))}, policies).resources())
+    plan(projection.take(), projection.class_numbers, projection.policy)
+    projection.set_endpoint(endpoint(1))
+    made = plan(projection.take(), projection.class_numbers, projection.policy)
+    assert made.judge_again is isolated

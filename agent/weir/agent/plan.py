@@ -229,7 +229,12 @@ def _judge_again(delta: Delta) -> bool:
         return True
     if any(c.old is not None or (c.new and c.new.flags) for c in delta.addresses.values()):
         return True
-    return any(c.old is not None for c in delta.endpoints.values())
+    # A new endpoint's address may have been asked before it was there: nothing judged its ingress
+    # then, but the flow was recorded.
+    return any(
+        c.old is not None or (c.new is not None and c.new.ingress.rule_set)
+        for c in delta.endpoints.values()
+    )
 
 
 def _address_class(row: records.Address) -> int:
