@@ -89,6 +89,7 @@ class App:
         self._cni = CniService(self._pool, self._wiring, self._host, self._endpoints)
         self._server = CniServer(self._cni, paths.run / "cni.sock")
         self._node_changed = asyncio.Event()
+        self._routed = asyncio.Event()
         self._host_routes: frozenset[HostRoute] = frozenset()
 
     # ---- what others ask
@@ -217,6 +218,8 @@ class App:
         """CNI once the maps are right, then the configuration that turns the node Ready."""
         await self.reconciler.first_done.wait()
         self._use_own_node()
+        self._node_changed.set()
+        await self._routed.wait()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._server.run())
             await self._server.listening.wait()
@@ -297,6 +300,7 @@ class App:
             changed = await asyncio.to_thread(node.converge_routes, wanted, facts)
             if changed:
                 logger.info("%d host routes put right", changed)
+            self._routed.set()
 
     async def _follow(self, old: NodeFacts) -> None:
         settings = settings_of(self._config, self._facts, self._features)

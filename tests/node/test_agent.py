@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent as a whole: real process, real datapath, real shim, real traffic.
+
+pod a ── veth ─┐
+pod b ── veth ─┤ node namespace: agent ── eth0 ── outside
+               └ scripted operator on 127.0.0.1
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+from support.agents import (
+    SHIM,
+    AgentNode,
+    UnixConnection,
+    class_resource,
+    node_resource,
+    pod_resource,
+    selector_resource,
+    service_resources,
+)
+from support.datapaths import place
+from support.namespaces import NetNs
+from support.operators import ScriptedOperator
+
+from weir.api.v1 import weir_pb2 as pb
+
+CIDRS = ["10.244.1.0/24", "fd00:244:1::/64"]
+DENIED_SECONDS = 0.4
+
+
+@pytest.fixture
+def operator() -> Iterator[ScriptedOperator]:
+    made = ScriptedOperator()
+    made.set(
+        node_resource("node1", ["192.0.2.1", "2001:db8::1"], CIDRS),
+        node_resource("node2", ["192.0.2.2", "2001:db8::2"], ["10.244.2.0/24", "fd00:244:2::/64"]),
+        selector_resource(1, "pods ns=ns app=a"),
+        selector_resource(2, "pods ns=ns app=b"),
+        class_resource(1, 1),
+        class_resource(2, 2),
+        class_resource(3),
+        pod_resource("a", 1),
+        pod_resource("b", 2),
+        pod_resource("c", 3),
+    )
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def agent(tmp_path: Path, operator: ScriptedOperator) -> Iterator[AgentNode]:
+    assert SHIM.exists(), "build the shim: make shim"
+    with ExitStack() as stack:
+        pins, cgroup = stack.enter_context(place())
+        operator._where = _nowhere()
+        made = AgentNode(tmp_path, pins, cgroup, operator)
+        operator._where = made.node.entered()
+        port = operator.start()
+        made.config["operators"] = [f"127.0.0.1:{port}"]
+        stack.callback(made.close)
+        yield made
+
+
+def _nowhere() -> ExitStack:
+    return ExitStack()
+
+
+@pytest.fixture
+def pods() -> Iterator[dict[str, NetNs]]:
+    made = {name: NetNs() for name in "abc"}
+    yield made
+    for pod in made.values():
+        pod.close()
+
+
+class Echo:
+    """Answers TCP connections and UDP packets in a pod, until closed."""
+
+    def __init__(self, pod: NetNs, port: int, family: int = socket.AF_INET6) -> None:
+        with pod.entered():
+            self.tcp = socket.create_server(("::", port), family=family, dualstack_ipv6=True)
+            self.udp = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+            self.udp.bind(("::", port))
+        for work in (self._tcp, self._udp):
+            threading.Thread(target=work, daemon=True).start()
+
+    def _tcp(self) -> None:
+        while True:
+            try:
+                connection, _ = self.tcp.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._echo, args=(connection,), daemon=True).start()
+
+    @staticmethod
+    def _echo(connection: socket.socket) -> None:
+        with connection:
+            try:
+                while data := connection.recv(4096):
+                    connection.sendall(data)
+            except OSError:
+                return
+
+    def _udp(self) -> None:
+        while True:
+            try:
+                data, peer = self.udp.recvfrom(4096)
+                self.udp.sendto(data, peer)
+            except (OSError, TypeError):  # shut down: no peer
+                return
+
+    def close(self) -> None:
+        for listener in (self.tcp, self.udp):
+            with suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+
+
+def connects(source: NetNs, address: str, port: int, seconds: float = DENIED_SECONDS) -> bool:
+    """Whether a TCP connection carries a byte there and back."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with source.entered():
+        client = socket.socket(family, socket.SOCK_STREAM)
+    client.settimeout(seconds)
+    with client:
+        try:
+            client.connect((address, port))
+            client.sendall(b"x")
+            return client.recv(1) == b"x"
+        except OSError:
+            return False
+
+
+def deny_all(name: str, subject: int, *allowed: int) -> pb.Resource:
+    rules = [pb.Rule(index=0, peers=allowed)] if allowed else []
+    policy = pb.Policy(namespace="ns", name=name, subject=subject, ingress=True, rules=rules)
+    return pb.Resource(name=f"policy/ns/{name}", policy=policy)
+
+
+def test_pods_are_wired_and_policy_decides(
+    agent: AgentNode, operator: ScriptedOperator, pods: dict[str, NetNs]
+) -> None:
+    agent.start()
+    addresses = {name: agent.add(pods[name], name) for name in "abc"}
+    echo = Echo(pods["b"], 80)
+    try:
+        for address in addresses["b"]:
+            assert connects(pods["a"], address, 80, 5), (address, agent.log)
+            assert connects(pods["c"], address, 80, 5), (address, agent.log)
+        operator.wait_acknowledged(operator.set(deny_all("only-a", 2, 1)))
+        for address in addresses["b"]:
+            assert connects(pods["a"], address, 80, 5), agent.log
+            assert not connects(pods["c"], address, 80), agent.log
+            assert connects(agent.node, address, 80, 5), "the node reaches its own pods"
+        operator.wait_acknowledged(operator.set(gone=("policy/ns/only-a",)))
+        for address in addresses["b"]:
+            assert connects(pods["c"], address, 80, 5), agent.log
+    finally:
+        echo.close()
+    status = agent.ask("status")
+    assert status["endpoints"] == 3
+    assert status["operator_connected"]
+    assert status["pod_mtu"] == 1450
+    assert {view["pod"] for view in agent.ask("endpoints")} == {"ns/a", "ns/b", "ns/c"}
+    named = {e.name for a in operator.announcements for e in a.added}
+    assert named == {"a", "b", "c"}
+    assert operator.tokens[0] == "Bearer secret"
+    assert (agent.folder / "conf" / "05-weir.conflist").exists()
+    for name in "abc":
+        agent.cni("DEL", pods[name], name)
+    assert agent.ask("status")["endpoints"] == 0
+
+
+def test_a_service_reaches_its_backends(
+    agent: AgentNode, operator: ScriptedOperator, pods: dict[str, NetNs]
+) -> None:
+    agent.start()
+    addresses = {name: agent.add(pods[name], name) for name in "ab"}
+    vips = ["10.96.0.10", "fd00:96::10"]
+    backends = dict.fromkeys(addresses["b"], 8080)
+    operator.wait_acknowledged(operator.set(*service_resources("web", vips, 80, backends)))
+    echo = Echo(pods["b"], 8080)
+    try:
+        for vip in vips:
+            assert connects(pods["a"], vip, 80, 5), (vip, agent.log)
+    finally:
+        echo.close()
+    (first, *_) = agent.ask("services")
+    assert first["service"] == "ns/web"
+
+
+def test_the_monitor_names_policy_and_near_miss(
+    agent: AgentNode, operator: ScriptedOperator, pods: dict[str, NetNs]
+) -> None:
+    agent.start()
+    addresses = {name: agent.add(pods[name], name) for name in "ab"}
+    policy = deny_all("web-only", 2, 1)
+    policy.policy.rules[0].ports.append(pb.PortRange(protocol=6, first=443, last=443))
+    operator.wait_acknowledged(operator.set(policy))
+    connection = UnixConnection(agent.folder / "run" / "agent.sock")
+    connection.request("GET", "/v1/events")
+    response = connection.getresponse()
+    assert response.readline() == b"{}\n"
+    assert not connects(pods["a"], addresses["b"][0], 80)
+    event = {}
+    while not event:
+        event = json.loads(response.readline())
+    connection.close()
+    assert event["verdict"] == "drop"
+    assert event["reason"] == "policy-ingress"
+    assert event["source"]["pod"] == "ns/a"
+    assert event["destination"] == {"address": addresses["b"][0], "port": 80, "pod": "ns/b"}
+    assert event["policies"] == ["ns/web-only"]
+    assert event["near_miss"] == "ingress rule 0 of ns/web-only matches all but the port"
+
+
+class Pinger:
+    """A UDP packet every 5 ms and one TCP connection that talks all the time."""
+
+    def __init__(self, source: NetNs, address: str, port: int) -> None:
+        with source.entered():
+            self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            self.tcp = socket.create_connection((address, port), timeout=5)
+        self.udp.connect((address, port))
+        self.udp.settimeout(2)
+        self.sent = self.lost = self.turns = 0
+        self.slowest = 0.0
+        self.failed: list[str] = []
+        self._stopped = threading.Event()
+        self._threads = [threading.Thread(target=work) for work in (self._udp, self._tcp)]
+        for thread in self._threads:
+            thread.start()
+
+    def _udp(self) -> None:
+        while not self._stopped.is_set():
+            self.sent += 1
+            try:
+                self.udp.send(b"x")
+                self.udp.recv(16)
+            except OSError:
+                self.lost += 1
+            time.sleep(0.005)
+
+    def _tcp(self) -> None:
+        while not self._stopped.is_set():
+            began = time.monotonic()
+            try:
+                self.tcp.sendall(b"y")
+                assert self.tcp.recv(16)
+            except (OSError, AssertionError) as error:
+                self.failed.append(repr(error))
+                return
+            self.turns += 1
+            self.slowest = max(self.slowest, time.monotonic() - began)
+            time.sleep(0.005)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join()
+        self.udp.close()
+        self.tcp.close()
+
+
+@pytest.mark.parametrize("operator_away", [False, True], ids=["operator-there", "operator-away"])
+def test_killing_the_agent_loses_nothing(
+    agent: AgentNode, operator: ScriptedOperator, pods: dict[str, NetNs], operator_away: bool
+) -> None:
+    agent.start()
+    addresses = {name: agent.add(pods[name], name) for name in "abc"}
+    vips = ["10.96.0.10"]
+    backends = {addresses["b"][0]: 80}
+    operator.set(*service_resources("web", vips, 80, backends))
+    operator.wait_acknowledged(operator.set(deny_all("only-a", 2, 1)))
+    echo = Echo(pods["b"], 80)
+    pingers = [Pinger(pods["a"], target, 80) for target in (addresses["b"][0],)]
+    try:
+        time.sleep(1.5)  # what the operator said must be on disk: the writer's gap is 1 s
+        if operator_away:
+            operator.stop()
+        agent.stop(signal.SIGKILL)
+        assert not connects(pods["c"], addresses["b"][0], 80)
+        time.sleep(0.5)
+        agent.start()
+        assert connects(pods["a"], addresses["b"][0], 80, 5), agent.log
+        assert connects(pods["a"], vips[0], 80, 5), agent.log
+        assert not connects(pods["c"], addresses["b"][0], 80)
+        time.sleep(0.5)
+    finally:
+        for pinger in pingers:
+            pinger.stop()
+        echo.close()
+    for pinger in pingers:
+        assert pinger.sent > 100
+        assert not pinger.lost, agent.log
+        assert not pinger.failed, agent.log
+        assert pinger.slowest < 1
+    assert agent.ask("status")["tables"]
+    assert agent.ask("status")["rejected"] == {}
+
+
+def test_the_node_is_kept_right(agent: AgentNode, operator: ScriptedOperator) -> None:
+    agent.start()
+    routes = agent.node.run("ip", "route", "show", "proto", "87")
+    assert "10.244.2.0/24 dev weir_vxlan" in routes
+    assert "src 192.0.2.1" in routes
+    agent.node.run("ip", "route", "del", "10.244.2.0/24")
+    agent.node.run("ip", "link", "set", "eth0", "mtu", "1400")
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        routes = agent.node.run("ip", "route", "show", "proto", "87")
+        device = agent.node.run("ip", "link", "show", "weir_vxlan")
+        if "10.244.2.0/24" in routes and "mtu 1350" in device:
+            break
+        time.sleep(0.1)
+    assert "10.244.2.0/24" in routes, agent.log
+    assert "mtu 1350" in device, agent.log
+    operator.wait_acknowledged(operator.set(gone=("node/node2",)))
+    deadline = time.monotonic() + 10
+    while "10.244.2.0" in agent.node.run("ip", "route") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert "10.244.2.0" not in agent.node.run("ip", "route"), agent.log
