@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /* tc egress of the uplink: masquerading of what pods send out of the cluster. */
+#include "lib/ct.h"
 #include "lib/drop.h"
 #include "lib/fragment.h"
 #include "lib/snat.h"
@@ -21,6 +22,11 @@ int to_uplink(struct __sk_buff *ctx)
 	verdict = fragment_resolve(packet);
 	if (verdict < 0)
 		return drop(ctx, packet, verdict);
+	/* Who asked the pod by its own address wants the answer from it. */
+	const struct ct_entry *entry = ct_find(packet);
+
+	if (entry && !ct_from_origin(packet, entry->flags))
+		return TC_ACT_OK;
 	verdict = snat_masquerade(ctx, packet);
 	if (verdict < 0)
 		return drop(ctx, packet, verdict);
