@@ -44,8 +44,10 @@ class View:
 
     resources: dict[str, pb.Resource] = field(default_factory=dict)
     nodes: dict[str, str] = field(default_factory=dict)  # pod resource: its node
+    _at: dict[str, tuple[frozenset[int], dict[tuple[str, int], int]]] = field(default_factory=dict)
 
     def take(self, changes: list[Change]) -> None:
+        self._at.clear()
         for change in changes:
             if change.resource is None:
                 self.resources.pop(change.name, None)
@@ -69,6 +71,11 @@ class View:
 
     def at(self, address: str) -> tuple[frozenset[int], dict[tuple[str, int], int]]:
         """The selectors and named ports of an address: its own resource, else its prefix."""
+        if address not in self._at:
+            self._at[address] = self._look_up(address)
+        return self._at[address]
+
+    def _look_up(self, address: str) -> tuple[frozenset[int], dict[tuple[str, int], int]]:
         addr = parse(address)
         own = self.resources.get(f"address/{addr.hex()}")
         if own is not None:
