@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers as text for people."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from weir.cli.source import Answer
+
+SHOWN = 3
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def status(answers: Sequence[Answer]) -> str:
+    rows = []
+    notes = []
+    for answer in answers:
+        if answer.error:
+            rows.append([answer.node, "unknown", "", "", "", "", ""])
+            notes.append(f"{answer.node}: {answer.error}")
+            continue
+        data = answer.data
+        operator = data["operator"] if data["operator_connected"] else "none"
+        rows.append(
+            [
+                answer.node,
+                "ready" if data["ready"] else "not ready",
+                operator,
+                str(data["endpoints"]),
+                ",".join(data["pod_cidrs"]),
+                f"{data['routing']}/{data['pod_mtu']}",
+                data["version"],
+            ]
+        )
+        notes += [f"{answer.node}: {note}" for note in _notes(data)]
+    header = ["NODE", "STATE", "OPERATOR", "PODS", "POD CIDRS", "ROUTING/MTU", "VERSION"]
+    return "\n".join([table(header, rows), *notes])
+
+
+def _notes(data: dict[str, Any]) -> Iterable[str]:
+    if data["why_not"]:
+        yield data["why_not"]
+    if not data["operator_connected"]:
+        yield f"no operator: {data['operator_error']}; the last known state stays in force"
+    for group, error in data["errors"].items():
+        yield f"cannot write {group}: {error}"
+    for name, owners in data["rejected"].items():
+        more = f" and {len(owners) - SHOWN} more" if len(owners) > SHOWN else ""
+        yield f"map {name} is full, left out: {', '.join(owners[:SHOWN])}{more}"
+    for name, reason in data["bad_resources"].items():
+        yield f"{name} is not used: {reason}"
+    for row in data["tables"]:
+        if row["rows"] > 0.9 * row["max_entries"]:
+            yield f"map {row['name']} has {row['rows']} of {row['max_entries']} rows"
+
+
+def endpoints(answers: Sequence[Answer]) -> str:
+    rows = [
+        [
+            answer.node,
+            item["pod"],
+            ",".join(item["addresses"]),
+            ",".join(item["ingress"]) or "-",
+            ",".join(item["egress"]) or "-",
+            item["device"],
+        ]
+        for answer in answers
+        for item in answer.data or ()
+    ]
+    header = ["NODE", "POD", "ADDRESSES", "INGRESS POLICIES", "EGRESS POLICIES", "DEVICE"]
+    return _with_errors(table(header, rows), answers)
+
+
+def services(answers: Sequence[Answer]) -> str:
+    rows = []
+    for answer in answers:
+        for item in answer.data or ():
+            backends = item["backends"]
+            more = f" +{len(backends) - SHOWN}" if len(backends) > SHOWN else ""
+            address = item["address"]
+            host = f"[{address}]" if ":" in address else address
+            rows.append(
+                [
+                    answer.node,
+                    item["service"],
+                    f"{host}:{item['port']}/{item['protocol']}",
+                    (", ".join(backends[:SHOWN]) + more) or "none: refused",
+                ]
+            )
+    return _with_errors(table(["NODE", "SERVICE", "ADDRESS", "BACKENDS"], rows), answers)
+
+
+def policies(answers: Sequence[Answer]) -> str:
+    rows = [
+        [
+            answer.node,
+            item["policy"],
+            "+".join(word for word in ("ingress", "egress") if item[word]),
+            str(item["rules"]),
+            item["subject"],
+            ",".join(item["pods"]) or "-",
+        ]
+        for answer in answers
+        for item in answer.data or ()
+    ]
+    header = ["NODE", "POLICY", "ISOLATES", "RULES", "SUBJECT", "PODS HERE"]
+    return _with_errors(table(header, rows), answers)
+
+
+def event(node: str, item: dict[str, Any]) -> str:
+    """One line: time, verdict, reason, who to whom, direction, who decided."""
+    clock = time.strftime("%H:%M:%S", time.localtime(item["time"]))
+    clock += f".{int(item['time'] * 1000) % 1000:03d}"
+    words = [clock, *([node] if node else []), item["verdict"].upper()]
+    if item["reason"]:
+        words.append(item["reason"])
+    ends = f"{_party(item['source'], False)} -> {_party(item['destination'], True)}"
+    words += [f"{ends}/{item['protocol']}", item["direction"]]
+    if item["policies"]:
+        words.append(f"by {', '.join(item['policies'])}")
+    if item["near_miss"]:
+        words.append(f"({item['near_miss']})")
+    return " ".join(words)
+
+
+def concerns(item: dict[str, Any], pod: str) -> bool:
+    return pod in {item["source"]["pod"], item["destination"]["pod"]}
+
+
+def _party(party: dict[str, Any], with_port: bool) -> str:
+    name = str(party["pod"] or party["address"])
+    if with_port:
+        return f"{f'[{name}]' if ':' in name else name}:{party['port']}"
+    return name
+
+
+def _with_errors(text: str, answers: Sequence[Answer]) -> str:
+    return "\n".join([text, *(f"{a.node}: {a.error}" for a in answers if a.error)])

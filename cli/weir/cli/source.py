@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where answers come from: the agent's socket on this node, or every node through kubectl.
+
+From outside, `kubectl exec` runs this same command next to each agent, so there is one API and
+no port to open; kubectl brings credentials, contexts and plugins as the user has them.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from weir.cli.errors import CliError
+
+SOCKET = Path("/run/weir/agent.sock")
+SELECTOR = "app.kubernetes.io/name=weir-agent"
+AT_ONCE = 16
+TIMEOUT_SECONDS = 20
+LIST_SECONDS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One node's: the decoded JSON, or what went wrong."""
+
+    node: str
+    data: Any = None
+    error: str = ""
+
+
+class Source(Protocol):
+    def ask(self, what: str) -> list[Answer]:
+        """The same question to every node."""
+
+    def follow(self, everything: bool, show: Callable[[str, dict[str, Any]], None]) -> None:
+        """Events of every node until interrupted."""
+
+
+class Local:
+    """The agent of this node."""
+
+    def __init__(self, path: Path = SOCKET) -> None:
+        self._path = path
+
+    def ask(self, what: str) -> list[Answer]:
+        with_name = json.loads(self._get("/v1/status", TIMEOUT_SECONDS).read())
+        node = str(with_name["node"])
+        if what == "status":
+            return [Answer(node, with_name)]
+        return [Answer(node, json.loads(self._get(f"/v1/{what}", TIMEOUT_SECONDS).read()))]
+
+    def follow(self, everything: bool, show: Callable[[str, dict[str, Any]], None]) -> None:
+        response = self._get(f"/v1/events{'?all=1' if everything else ''}", None)
+        for event in _lines(response):
+            show("", event)
+
+    def _get(self, path: str, timeout: float | None) -> http.client.HTTPResponse:
+        connection = _UnixConnection(self._path, timeout)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+        except PermissionError as error:
+            raise CliError(f"{self._path}: {error.strerror}", "Run it as root.") from error
+        except OSError as error:
+            raise CliError(
+                f"{self._path}: {error.strerror or error}",
+                "The agent does not run here. On a node, see `crictl ps --name agent` and its log; "
+                "elsewhere set KUBECONFIG, so that agents are asked through kubectl.",
+            ) from error
+        if response.status != 200:
+            raise CliError(
+                f"the agent answers {response.status} to {path}",
+                "The command and the agent are probably of different versions: use the agent's, "
+                "`kubectl exec … -- weir`.",
+            )
+        return response
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path, timeout: float | None) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+@dataclass(frozen=True, slots=True)
+class Kubectl:
+    """All agents of a cluster, or those of some nodes."""
+
+    namespace: str
+    nodes: tuple[str, ...] = ()
+    kubeconfig: str = ""
+    context: str = ""
+    binary: str = "kubectl"
+
+    def ask(self, what: str) -> list[Answer]:
+        pods = self._pods()
+
+        def one(item: tuple[str, str]) -> Answer:
+            node, pod = item
+            done = self._run(self._exec(pod, what, "-o", "json"), TIMEOUT_SECONDS)
+            if done.returncode:
+                return Answer(
+                    node, error=_last_line(done.stderr) or f"kubectl exec: {done.returncode}"
+                )
+            answers = json.loads(done.stdout)
+            return Answer(node, answers[0]["data"])
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(one, pods.items()))
+
+    def follow(self, everything: bool, show: Callable[[str, dict[str, Any]], None]) -> None:
+        options = ["--all"] if everything else ["--drops"]
+        running: list[subprocess.Popen[str]] = []
+        threads = []
+        for node, pod in self._pods().items():
+            process = subprocess.Popen(
+                self._command(self._exec(pod, "monitor", "-o", "json", *options)),
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            running.append(process)
+            thread = threading.Thread(target=_relay, args=(process, node, show), daemon=True)
+            thread.start()
+            threads.append(thread)
+        try:
+            for thread in threads:
+                thread.join()
+        finally:
+            for process in running:
+                process.terminate()
+                process.wait()
+
+    def _pods(self) -> dict[str, str]:
+        """Running agents' pod names by node."""
+        command = ["get", "pods", "-n", self.namespace, "-l", SELECTOR, "-o", "json"]
+        done = self._run(command, LIST_SECONDS)
+        if done.returncode:
+            raise CliError(
+                f"kubectl: {_last_line(done.stderr)}",
+                "Check that kubectl reaches the cluster (KUBECONFIG, --kubeconfig, --context).",
+            )
+        items = json.loads(done.stdout)["items"]
+        pods = {
+            item["spec"]["nodeName"]: item["metadata"]["name"]
+            for item in items
+            if item["spec"].get("nodeName") and item["status"].get("phase") == "Running"
+        }
+        if not pods:
+            raise CliError(
+                f"no running agent in namespace {self.namespace}",
+                "Name Weir's namespace with -n, or see `kubectl get pods -A -l "
+                f"{SELECTOR}` for why none runs.",
+            )
+        unknown = sorted(set(self.nodes) - pods.keys())
+        if unknown:
+            raise CliError(
+                f"no running agent on {', '.join(unknown)}",
+                f"Nodes with one: {', '.join(sorted(pods))}.",
+            )
+        return {node: pods[node] for node in sorted(pods) if not self.nodes or node in self.nodes}
+
+    @staticmethod
+    def _exec_prefix() -> list[str]:
+        return ["-c", "agent", "--", "weir"]
+
+    def _exec(self, pod: str, *words: str) -> list[str]:
+        return ["exec", "-n", self.namespace, pod, *self._exec_prefix(), *words]
+
+    def _command(self, words: Sequence[str]) -> list[str]:
+        if shutil.which(self.binary) is None:
+            raise CliError(
+                f"{self.binary} is not installed, and there is no agent on this machine",
+                "Install kubectl, or run `weir` on a node as root.",
+            )
+        options = [f"--kubeconfig={self.kubeconfig}"] if self.kubeconfig else []
+        options += [f"--context={self.context}"] if self.context else []
+        return [self.binary, *options, *words]
+
+    def _run(self, words: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+        command = self._command(words)
+        try:
+            return subprocess.run(
+                command, capture_output=True, text=True, timeout=seconds, check=False
+            )
+        except subprocess.TimeoutExpired:
+            message = f"no answer in {seconds:g} s"
+            return subprocess.CompletedProcess(command, 1, "", message)
+
+
+def _relay(
+    process: subprocess.Popen[str], node: str, show: Callable[[str, dict[str, Any]], None]
+) -> None:
+    for line in process.stdout or ():
+        event = json.loads(line)
+        if event:
+            show(node, event)
+
+
+def _lines(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    while line := response.readline():
+        event = json.loads(line)
+        if event:
+            yield event
+
+
+def _last_line(text: str) -> str:
+    """What kubectl says last is what went wrong; before it come its retries."""
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else ""
