@@ -214,7 +214,7 @@ class Reconciler:
                     self.statistics.repaired += sum(key not in ours for key in found)
                 changes.clear()
                 changes.update({k: Change(row, desired.get(k)) for k, row in found.items()})
-            elif rejected and (retry_full or any(c.new is None for c in changes.values())):
+            elif rejected and retry_full:
                 for key in rejected & desired.keys() - changes.keys():
                     changes[key] = Change(None, desired[key])
         return True
@@ -262,9 +262,12 @@ class Reconciler:
             if untried:
                 rejected.setdefault(name, set()).update(untried)
         self._name_rejected(health.rejected, rejected)
-        if self._clock() >= health.full_retry_at:
-            health.full_retry_at = self._clock() + FULL_RETRY_SECONDS
         health.rejected = rejected
+        if any(c.new is None for name in rejected for c in getattr(delta, name).values()):
+            health.full_retry_at = 0.0  # room was made
+            self.wake()
+        elif self._clock() >= health.full_retry_at:
+            health.full_retry_at = self._clock() + FULL_RETRY_SECONDS
 
     def _failed(self, group: str, error: DatapathError) -> None:
         health = self.health[group]

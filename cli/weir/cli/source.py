@@ -66,11 +66,13 @@ class Local:
     def _get(self, path: str, timeout: float | None) -> http.client.HTTPResponse:
         connection = _UnixConnection(self._path, timeout)
         try:
-            connection.request("GET", path)
+            connection.request("GET", path, headers={"Connection": "close"})
             response = connection.getresponse()
         except PermissionError as error:
+            connection.close()
             raise CliError(f"{self._path}: {error.strerror}", "Run it as root.") from error
         except OSError as error:
+            connection.close()
             raise CliError(
                 f"{self._path}: {error.strerror or error}",
                 "The agent does not run here. On a node, see `crictl ps --name agent` and its log; "
