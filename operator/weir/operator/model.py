@@ -10,6 +10,7 @@ order that makes it cheap (namespaces, policies, pods), and no agent sees half a
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -85,6 +86,9 @@ class Model:
         await self._complete.wait()
         await self._first()
         self._publish(always=True)
+        # What is here now mostly stays: the collector need not walk it again and again.
+        gc.collect()
+        gc.freeze()
         self.on_synced()
         while True:
             await self._changed.wait()

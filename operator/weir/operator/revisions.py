@@ -138,7 +138,7 @@ class Revisions:
 
     def can_resume(self, instance: str, revision: int, node: str) -> bool:
         own = self._nodes.get(node)
-        floor = max(self._shared.floor, own.floor if own else 0)
+        floor = max(self._shared.floor, own.floor if own is not None else 0)
         return instance == self.instance and floor <= revision <= self.revision
 
     def delta(self, revision: int, node: str) -> list[bytes]:
@@ -156,7 +156,7 @@ class Revisions:
 
     def _own_updates(self, revision: int, node: str, snapshot: bool) -> list[pb.Update]:
         log = self._nodes.get(node)
-        changed, gone = log.since(revision) if log else ([], [])
+        changed, gone = log.since(revision) if log is not None else ([], [])
         updates = [
             self._update(part, more=True) for part in batches(changed, () if snapshot else gone)
         ]
