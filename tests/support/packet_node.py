@@ -164,8 +164,12 @@ class Node:
         })  # fmt: skip
         node2 = parse(book.node2)
         self.tables.routes.update({
-            cidr(book.pod_cidr, book.family): Route(bytes_addr(), RouteFlag.POD_CIDR | RouteFlag.LOCAL),
-            cidr(book.remote_cidr, book.family): Route(node2, RouteFlag.POD_CIDR | RouteFlag.TUNNEL),
+            cidr(book.pod_cidr, book.family): Route(
+                Addr(bytes(16)), RouteFlag.POD_CIDR | RouteFlag.LOCAL
+            ),
+            cidr(book.remote_cidr, book.family): Route(
+                node2, RouteFlag.POD_CIDR | RouteFlag.TUNNEL
+            ),
         })  # fmt: skip
         self.reader = datapath.events()
         datapath.set_event_mask(2 | 4)
@@ -240,7 +244,3 @@ class Node:
 
     def flows(self) -> dict[CtKey, CtEntry]:
         return dict(self.tables.ct.items())
-
-
-def bytes_addr() -> Addr:
-    return Addr(bytes(16))

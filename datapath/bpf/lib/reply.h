@@ -6,7 +6,7 @@
 #include "lib/rewrite.h"
 #include "lib/settings.h"
 
-#define QUOTE_WORDS_MAX 32		/* IP header with options or extension headers, and 8 bytes */
+#define QUOTE_WORDS_MAX 32		/* IP header with options or extension headers, and 20 bytes */
 #define ANSWER_HOP_LIMIT 64
 
 struct pseudo_header {
@@ -90,7 +90,10 @@ _Static_assert(sizeof(struct icmp_error) == 8, "icmp_error");
 __subprogram int reply_icmp(struct __sk_buff *ctx, const struct packet *packet,
 				 const struct ip_addr *source, struct icmp_error *icmp)
 {
-	__u32 quote = packet->l4_offset - ETH_HLEN + 8;
+	/* The kernel does not cut before a checksum that the device is to fill in: TCP's is past
+	 * the 8 bytes that an error must quote. */
+	__u32 l4_quote = packet->l3_proto == IPPROTO_TCP ? sizeof(struct tcphdr) : 8;
+	__u32 quote = packet->l4_offset - ETH_HLEN + l4_quote;
 	__u32 ip_header = packet->ipv6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr);
 	__u32 room = ip_header + sizeof(*icmp);
 	__s64 sum = 0;
