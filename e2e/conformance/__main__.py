@@ -73,9 +73,13 @@ def _run() -> list[Spec]:
         ) as process,
     ):
         assert process.stdout
-        for spec in read_output(_kept(process.stdout, log)):
-            specs_seen += 1
-            print(f"{specs_seen:4}  {spec.line()}", flush=True)
+        try:
+            for spec in read_output(_kept(process.stdout, log)):
+                specs_seen += 1
+                print(f"{specs_seen:4}  {spec.line()}", flush=True)
+        except BaseException:
+            process.terminate()  # ginkgo ends its processes and they their namespaces
+            raise
     if not report.exists():
         raise ClusterError("the suite did not finish", f"see {OUTPUT}/log.txt")
     specs = read_report(report)
