@@ -173,8 +173,7 @@ class Reflector(Generic[T]):
             case "BOOKMARK":
                 self._advance(event.object)
             case "ERROR":
-                status = msgspec.json.decode(event.object, type=wire.Status, strict=False)
-                raise Lost(f"{status.reason or status.code}: {status.message}")
+                raise Lost(_reason(event.object))
             case other:
                 raise Lost(f"unknown event type {other!r}")
 
@@ -217,3 +216,12 @@ class Reflector(Generic[T]):
         else:
             self.objects[key] = new
         self.consumer.changed(self.kind.name, key, old, new)
+
+
+def _reason(raw: msgspec.Raw) -> str:
+    """What an ERROR event says, whatever its form."""
+    try:
+        status = msgspec.json.decode(raw, type=wire.Status)
+    except msgspec.DecodeError:
+        return f"an error of no known form: {bytes(raw)[:200]!r}"
+    return f"{status.reason or status.code}: {status.message}"
