@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from node.conftest import Compile, Installation
+from support.capabilities import AGENT, python_with
 from support.namespaces import NetNs, veth
 from support.packets import program_run
 
@@ -212,25 +213,23 @@ datapath.detach_pod("lo")
 """
 
 
-def open_with(installation: Installation, mini: Compile, *capabilities: str) -> str:
-    """Opens and attaches with these capabilities only, and no locked memory at all."""
-    allowed = ",".join(["-all", *(f"+{name}" for name in capabilities)])
-    command = ["prlimit", "--memlock=0", "setpriv", f"--bounding-set={allowed}", sys.executable]
-    command += ["-c", OPEN, str(installation.root), str(installation.cgroup), str(mini())]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stderr
+def open_with(installation: Installation, mini: Compile, capabilities: tuple[str, ...]) -> str:
+    """What opening and attaching with these capabilities writes to standard error."""
+    paths = (installation.root, installation.cgroup, mini())
+    return python_with(capabilities, OPEN, *map(str, paths)).stderr
 
 
 def test_three_capabilities_are_enough(
     installation: Installation, mini: Compile, netns: Callable[[], NetNs]
 ) -> None:
     with netns().entered():
-        assert open_with(installation, mini, "bpf", "net_admin", "perfmon") == ""
+        assert open_with(installation, mini, AGENT) == ""
         # The second time adopts what is pinned.
-        assert open_with(installation, mini, "bpf", "net_admin", "perfmon") == ""
+        assert open_with(installation, mini, AGENT) == ""
 
 
 def test_a_missing_capability_is_named(installation: Installation, mini: Compile) -> None:
-    error = open_with(installation, mini, "net_admin").splitlines()[-1]
+    error = open_with(installation, mini, ("net_admin",)).splitlines()[-1]
     assert NotPermitted.__name__ in error
     assert "CAP_BPF" in error
 

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
 import pytest
 from node.conftest import Installation
+from support.capabilities import AGENT, python_with
 from support.namespaces import NetNs, veth
 
 from weir.api import address
@@ -66,9 +65,6 @@ print(len(datapath.attached()))
 def test_three_capabilities_are_enough(
     installation: Installation, netns: Callable[[], NetNs]
 ) -> None:
-    allowed = "-all,+bpf,+net_admin,+perfmon"
-    command = ["prlimit", "--memlock=0", "setpriv", f"--bounding-set={allowed}", sys.executable]
-    command += ["-c", OPEN, str(installation.root), str(installation.cgroup)]
     with netns().entered():
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = python_with(AGENT, OPEN, str(installation.root), str(installation.cgroup))
     assert (done.stdout, done.stderr) == ("1\n", "")

@@ -131,7 +131,10 @@ def failure(operation: str, subject: str, number: int) -> errors.DatapathError:
     log = _take_log().strip()
     hint = " | ".join(log.splitlines()[-3:])
     if number in {errno.EPERM, errno.EACCES}:
-        needed = "needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON (CAP_SYS_ADMIN before Linux 5.8)"
+        needed = (
+            "needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON; before Linux 5.11 also"
+            " CAP_SYS_RESOURCE or an unlimited RLIMIT_MEMLOCK"
+        )
         lockdown = "kernel lockdown can refuse it too: see /sys/kernel/security/lockdown"
         return errors.NotPermitted(operation, subject, number, "; ".join([needed, lockdown]))
     if number in {errno.ENODEV, errno.ENOLINK}:
