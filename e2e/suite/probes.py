@@ -7,6 +7,7 @@ pod go on meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import subprocess
@@ -29,6 +30,11 @@ class _Channel:
     replies: dict[int, dict[str, Any]] = field(default_factory=dict)
     changed: threading.Condition = field(default_factory=threading.Condition)
     closed: bool = False
+    reader: threading.Thread = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
 
     def read(self) -> None:
         assert self.process.stdout is not None
@@ -40,6 +46,15 @@ class _Channel:
         with self.changed:
             self.closed = True
             self.changed.notify_all()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.reader.join()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +93,10 @@ class Probe:
 
     def _open(self) -> _Channel:
         with self._lock:
-            if self._channel is None or self._channel.closed:
+            if self._channel is not None and self._channel.closed:
+                self._channel.end()
+                self._channel = None
+            if self._channel is None:
                 arguments = ["exec", "--stdin", f"--namespace={self.namespace}", self.name, "--"]
                 process = subprocess.Popen(
                     command(*arguments, "python3", "/probe/probe.py", "relay"),
@@ -89,7 +107,6 @@ class Probe:
                     bufsize=1,
                 )
                 self._channel = _Channel(process)
-                threading.Thread(target=self._channel.read, daemon=True).start()
             return self._channel
 
     def call(self, do: str, timeout: float = 15, **arguments: Any) -> Any:
@@ -126,8 +143,4 @@ class Probe:
 
     def close(self) -> None:
         if self._channel is not None:
-            self._channel.process.kill()
-            self._channel.process.wait()
-            for stream in (self._channel.process.stdin, self._channel.process.stdout):
-                if stream is not None:
-                    stream.close()
+            self._channel.end()
