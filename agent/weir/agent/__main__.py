@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
 
-from weir.agent import app, uninstall
+from weir.agent import app, memory, uninstall
 from weir.agent.config import Config, load
 from weir.agent.errors import ConfigError
 from weir.cni.errors import CniError
@@ -48,8 +47,7 @@ def main() -> int:
     )
     if arguments.action == "cleanup":
         return uninstall.clean(config)
-    # The state is many small long-lived objects: without this every full collection walks them.
-    gc.set_threshold(10_000, 50, 100)
+    memory.prepare()
     try:
         asyncio.run(_until_signal(config))
     except (DatapathError, CniError) as error:

@@ -14,7 +14,7 @@ import socket
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from weir.agent import api, links, node, views
+from weir.agent import api, links, memory, node, views
 from weir.agent.apply import AnyTable
 from weir.agent.config import Config
 from weir.agent.errors import NodeError
@@ -201,6 +201,7 @@ class App:
         self.projection.rule_numbers.reserve(rules)
 
     async def _acknowledge(self) -> None:
+        snapshots = 0
         while True:
             await self._state.changed.wait()
             self._state.changed.clear()
@@ -213,6 +214,9 @@ class App:
                 continue
             self._use_own_node()
             self._stream.acknowledge(revision, not self.why_not())
+            if self._stream.state.snapshots != snapshots:
+                snapshots = self._stream.state.snapshots
+                memory.give_back()
 
     async def _wire_pods(self) -> None:
         """CNI once the maps are right, then the configuration that turns the node Ready."""
@@ -220,6 +224,7 @@ class App:
         self._use_own_node()
         self._node_changed.set()
         await self._routed.wait()
+        memory.give_back()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._server.run())
             await self._server.listening.wait()

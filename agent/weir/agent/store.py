@@ -135,7 +135,7 @@ class Store:
     def take_pending(self) -> Pending:
         """What to write now; `Pending.write` may run in a thread."""
         whole = self._rewrite
-        records = list(self._everything()) if whole else self._pending
+        records = self._everything() if whole else self._pending
         self._pending = []
         self._pending_bytes = 0
         self._rewrite = False
@@ -151,11 +151,17 @@ class Store:
         self._pending_bytes = 0
 
     def _everything(self) -> Iterator[bytes]:
-        for encoded in self._resources.values():
-            yield encode(PUT, encoded)
-        if self.numbers:
-            yield encode(NUMBERS, self.numbers)
-        yield encode(COMMIT, msgspec.json.encode(self.position))
+        """Encoded while it is written: a copy of all of it would double the memory."""
+        resources, numbers, position = list(self._resources.values()), self.numbers, self.position
+
+        def records() -> Iterator[bytes]:
+            for encoded in resources:
+                yield encode(PUT, encoded)
+            if numbers:
+                yield encode(NUMBERS, numbers)
+            yield encode(COMMIT, msgspec.json.encode(position))
+
+        return records()
 
     def _load(self) -> None:
         try:
@@ -196,10 +202,10 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """Records on their way to the disk."""
+    """Records on their way to the disk, to be written once."""
 
     path: Path
-    records: list[bytes]
+    records: Iterable[bytes]
     whole: bool
 
     def write(self) -> int:
