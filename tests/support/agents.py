@@ -68,7 +68,11 @@ class AgentNode:
         }
         maps = {"conntrack": 4096, "snat": 4096, "sockNat": 4096, "services": 4096}
         maps |= {"backends": 16384, "addresses": 65536, "policy": 65536}
-        self.config: dict[str, object] = {"operators": [f"127.0.0.1:{operator.port}"], "paths": paths, "maps": maps}
+        self.config: dict[str, object] = {
+            "operators": [f"127.0.0.1:{operator.port}"],
+            "paths": paths,
+            "maps": maps,
+        }
         self.config |= config
 
     @property

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stream against a scripted operator over real TLS, and the configuration."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from pathlib import Path
+
+import pytest
+from support.agents import selector_resource
+from support.operators import ScriptedOperator
+from support.worlds import endpoint
+
+from weir.agent.config import parse_config
+from weir.agent.errors import ConfigError
+from weir.agent.servers import Known
+from weir.agent.store import Position
+from weir.agent.stream import Assembler, OperatorStream
+from weir.api.v1 import weir_pb2 as pb
+from weir.cni.endpoint import LocalEndpoint
+
+ENVIRONMENT = {"NODE_NAME": "node1", "POD_NAMESPACE": "weir"}
+
+
+class Recorder:
+    """A Sink that remembers."""
+
+    def __init__(self) -> None:
+        self.position = Position()
+        self.snapshots: list[int] = []
+        self.changes: list[tuple[int, list[str]]] = []
+
+    async def change(self, resources: list[bytes], removed: list[str], position: Position) -> None:
+        self.position = position
+        self.changes.append((len(resources), removed))
+
+    async def snapshot(self, resources: list[bytes], position: Position) -> None:
+        self.position = position
+        self.snapshots.append(len(resources))
+
+    def endpoints(self) -> Iterable[LocalEndpoint]:
+        return [endpoint(1)]
+
+
+async def until(condition: Callable[[], object], seconds: float = 15.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110  polls threads of the operator
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def operators() -> AsyncIterator[list[ScriptedOperator]]:
+    made = [ScriptedOperator("one"), ScriptedOperator("two")]
+    made[1].key, made[1].ca = made[0].key, made[0].ca
+    for item in made:
+        item.set(selector_resource(1, "a"))
+        await asyncio.to_thread(item.start)
+    yield made
+    for item in made:
+        await asyncio.to_thread(item.stop)
+
+
+async def test_it_says_hello_takes_the_snapshot_and_moves_to_another_operator(
+    operators: list[ScriptedOperator], tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret\n")
+    targets = tuple(f"127.0.0.1:{item.port}" for item in operators)
+
+    async def find() -> Known:
+        return Known(targets, (), operators[0].ca.decode())
+
+    sink = Recorder()
+    stream = OperatorStream("node1", "1", find, token, sink)
+    task = asyncio.create_task(stream.run())
+    try:
+        await until(lambda: sink.snapshots)
+        first = next(item for item in operators if item.hellos)
+        other = next(item for item in operators if item is not first)
+        assert first.tokens == ["Bearer secret"]
+        assert (first.hellos[0].node, first.hellos[0].instance) == ("node1", "")
+        await until(lambda: first.announcements)
+        assert first.announcements[0].complete
+        assert [e.uid for e in first.announcements[0].added] == ["u1"]
+        first.set(gone=("selector/1",))
+        await until(lambda: sink.changes == [(0, ["selector/1"])])
+        stream.acknowledge(first.revision, ready=True)
+        await until(lambda: first.ready and first.acknowledged == first.revision)
+        await asyncio.to_thread(first.stop)
+        await until(lambda: other.hellos)
+        assert other.hellos[0].instance == first.instance
+        await until(lambda: len(sink.snapshots) == 2)
+        assert sink.position.instance == other.instance
+        await until(lambda: other.acknowledged)
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def test_updates_are_put_together_to_whole_changes() -> None:
+    assembler = Assembler()
+    assert not assembler.add(pb.Update(resources=[b"a"], more=True))
+    assert assembler.add(pb.Update(resources=[b"b"], removed=["c"]))
+    assert assembler.take() == ([b"a", b"b"], ["c"], False)
+    assert not assembler.add(pb.Update(resources=[b"a"], snapshot_begins=True))
+    assert not assembler.add(pb.Update(resources=[b"b"]))
+    assert assembler.add(pb.Update(snapshot_ends=True))
+    assert assembler.take() == ([b"a", b"b"], [], True)
+
+
+def test_a_snapshot_that_begins_anew_forgets_the_first() -> None:
+    assembler = Assembler()
+    assembler.add(pb.Update(resources=[b"a"], snapshot_begins=True))
+    assembler.add(pb.Update(resources=[b"b"], snapshot_begins=True, snapshot_ends=True))
+    assert assembler.take() == ([b"b"], [], True)
+
+
+def test_all_bad_settings_are_reported_together() -> None:
+    values = {
+        "routing": "vlan",
+        "mtu": 100,
+        "masquerade": "yes",
+        "masqueradeExcludeCIDRs": ["10.0.0.0/33"],
+        "apiServer": "10.0.0.1:6443",
+        "maps": {"policy": -1, "plicy": 5},
+        "typo": 1,
+    }
+    with pytest.raises(ConfigError) as caught:
+        parse_config("test", values, {})
+    found = " ".join(caught.value.problems)
+    for word in (
+        "routing",
+        "mtu",
+        "masquerade",
+        "10.0.0.0/33",
+        "apiServer",
+        "maps.policy",
+        "maps.plicy",
+        "typo",
+        "NODE_NAME",
+    ):
+        assert word in found, word
+
+
+def test_the_charts_values_are_understood() -> None:
+    config = parse_config(
+        "test",
+        {"routing": "native", "mtu": 0, "uplinks": ["eth0"], "maps": {"conntrack": 1000}},
+        ENVIRONMENT,
+    )
+    assert not config.tunnel
+    assert config.uplinks == ("eth0",)
+    assert config.sizes.ct == 1000
+    assert config.sizes.policy is None
