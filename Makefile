@@ -52,7 +52,8 @@ shim: ## compile the static CNI shim to build/shim/weir
 lint: setup ## ruff, mypy, layers, chart, shell scripts
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy api operator datapath cni agent cli tests/support
+	$(VENV)/bin/mypy api operator datapath cni agent cli tests/support bench hack hatch_build.py
+	$(VENV)/bin/mypy -p e2e
 	$(VENV)/bin/lint-imports
 	$(PYTHON) hack/chart_readme.py --check
 	git ls-files '*.sh' .ci/run | xargs -r shellcheck
