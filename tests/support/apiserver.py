@@ -45,6 +45,8 @@ class FakeApi:
         self.requests: list[web.Request] = []
         self.version = 100
         self.tokens: set[str] | None = None  # None: anybody
+        self.stored: dict[str, Json] = {}  # what was written, by path of the object
+        self.answers: dict[str, Json] = {}  # fixed answers to POST, by path
         self._streams: set[asyncio.Queue[bytes | None]] = set()
         self._paths: dict[asyncio.Queue[bytes | None], str] = {}
 
@@ -107,7 +109,32 @@ class FakeApi:
             return self._status(401, "Unauthorized")
         if request.method == "GET" and "watch" in request.query:
             return await self._watch(request)
-        return await self._list(request)
+        if request.path in self.collections:
+            return await self._list(request)
+        return await self._store(request)
+
+    async def _store(self, request: web.Request) -> web.Response:
+        """GET, POST and PUT of single objects, with the API server's rules about conflicts."""
+        if request.method == "GET":
+            if request.path not in self.stored:
+                return self._status(404, "NotFound")
+            return web.json_response(self.stored[request.path])
+        body = await request.json()
+        if request.path in self.answers:
+            return web.json_response(self.answers[request.path])
+        path = request.path
+        if request.method == "POST":
+            path += "/" + body["metadata"]["name"]
+            if path in self.stored:
+                return self._status(409, "AlreadyExists")
+        elif self.stored[path]["metadata"]["resourceVersion"] != body["metadata"].get(
+            "resourceVersion"
+        ):
+            return self._status(409, "Conflict")
+        self.version += 1
+        body["metadata"]["resourceVersion"] = str(self.version)
+        self.stored[path] = body
+        return web.json_response(body)
 
     async def _list(self, request: web.Request) -> web.Response:
         await asyncio.sleep(self.faults.page_seconds)

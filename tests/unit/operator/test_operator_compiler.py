@@ -9,8 +9,10 @@ from typing import Any
 
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, Phase, given, settings
-from support.operator_state import State, View, key
+from support.operator_state import State, View, class_of, key
 from unit.operator.oracle import Cluster
+
+from weir.api.address import Addr, parse, text
 
 Json = dict[str, Any]
 Action = tuple[str, str, str, Any]
@@ -219,7 +221,7 @@ def all_pairs_agree(cluster: Cluster, view: View) -> int:
 
 
 @settings(
-    max_examples=60, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    max_examples=30, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
 @given(st.integers(0, 2**32))
 def test_resources_join_to_what_the_spec_says(seed: int) -> None:
@@ -255,3 +257,91 @@ def test_random_clusters_deny_and_allow() -> None:
 def apply_both(state: State, cluster: Cluster, action: Action) -> None:
     change(cluster, action)
     apply(state, cluster, action)
+
+
+def a_pod(name: str, ip: str = "", node: str = "n", **labels: str) -> Json:
+    return {
+        "metadata": {"namespace": "ns", "name": name, "uid": f"uid-{name}", "labels": labels},
+        "spec": {"nodeName": node, "containers": []},
+        "status": {"phase": "Running", "podIPs": [{"ip": ip}] if ip else []},
+    }
+
+
+def with_node(*pods: Json) -> State:
+    state = State()
+    state.set("Namespace", key("", "ns"), {"metadata": {"name": "ns"}})
+    node = {"metadata": {"name": "n"}, "spec": {"podCIDRs": ["10.0.0.0/24"]}}
+    state.set("Node", key("", "n"), node)
+    for pod in pods:
+        state.set("Pod", key("ns", pod["metadata"]["name"]), pod)
+    state.flush()
+    return state
+
+
+def placed(state: State) -> dict[str, str]:
+    return {text(Addr(r.address.address)): r.address.pod for r in state.view.named("address")}
+
+
+def test_an_announced_address_wins_and_goes_with_its_pod() -> None:
+    state = with_node(a_pod("a", "10.0.0.1"))
+    state.compiler.announce("n", "uid-a", (parse("10.0.0.9"),))
+    state.flush()
+    assert placed(state) == {"10.0.0.9": "a"}
+    state.set("Pod", key("ns", "a"), None)
+    state.flush()
+    assert placed(state) == {}
+
+
+def test_an_announcement_may_come_before_its_pod() -> None:
+    state = with_node()
+    state.compiler.announce("n", "uid-a", (parse("10.0.0.9"),))
+    state.flush()
+    assert placed(state) == {}
+    state.set("Pod", key("ns", "a"), a_pod("a"))
+    state.flush()
+    assert placed(state) == {"10.0.0.9": "a"}
+
+
+def test_foreign_announcements_are_refused_by_name() -> None:
+    state = with_node(a_pod("a", "10.0.0.1"))
+    state.compiler.announce("other", "uid-a", (parse("10.0.0.9"),))
+    state.flush()
+    assert placed(state) == {"10.0.0.1": "a"}
+    state.compiler.announce("n", "uid-a", (parse("192.0.2.1"),))
+    state.flush()
+    assert placed(state) == {"10.0.0.1": "a"}
+    reasons = [(r.node, r.pod, r.reason) for r in state.compiler.refusals]
+    assert reasons == [
+        ("other", "ns/a", "the pod is on n"),
+        ("n", "ns/a", "192.0.2.1 is not in the node's pod CIDRs"),
+    ]
+
+
+def test_the_announced_pod_keeps_a_contested_address() -> None:
+    state = with_node(a_pod("old", "10.0.0.1"), a_pod("new"))
+    state.compiler.announce("n", "uid-new", (parse("10.0.0.1"),))
+    state.flush()
+    assert placed(state) == {"10.0.0.1": "new"}
+    state.set("Pod", key("ns", "new"), None)
+    state.flush()
+    assert placed(state) == {"10.0.0.1": "old"}
+
+
+def test_a_split_moves_the_smaller_part() -> None:
+    pods = [a_pod(f"p{i}", f"10.0.0.{i}", app="a" if i <= 7 else "b") for i in range(1, 11)]
+    state = with_node(*pods)
+    (before,) = {class_of(r.address) for r in state.view.named("address")}
+    policy = {
+        "metadata": {"namespace": "ns", "name": "n"},
+        "spec": {"podSelector": {"matchLabels": {"app": "a"}}},
+    }
+    state.set("NetworkPolicy", key("ns", "n"), policy)
+    changes = state.flush()
+    moved = {c.name for c in changes if c.name.startswith(("address/", "pod/"))}
+    assert len(moved) == 2 * 3  # the three that the new selector does not select
+    kept = [r for r in state.view.named("address") if class_of(r.address) == before]
+    assert len(kept) == 7
+    state.set("NetworkPolicy", key("ns", "n"), None)
+    state.flush()
+    assert {class_of(r.address) for r in state.view.named("address")} == {before}
+    state.view.check_classes()

@@ -82,6 +82,7 @@ async def world(
     token_file: Path | None = None,
 ) -> AsyncIterator[World]:
     seen = Seen()
+    api.collection(kind.path)
     async with api.serve() as server:
         access = Access((*more_servers, server), token_file=token_file)
         async with Api(access) as client:
