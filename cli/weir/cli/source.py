@@ -220,6 +220,9 @@ def _lines(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
 
 
 def _last_line(text: str) -> str:
-    """What kubectl says last is what went wrong; before it come its retries."""
-    lines = text.strip().splitlines()
+    """What went wrong: our own words if the command ran, else what kubectl says last."""
+    lines = [line for line in text.splitlines() if line and not line.startswith("command term")]
+    ours = [line for line in lines if line.startswith("weir: ")]
+    if ours:
+        return ours[-1].removeprefix("weir: ")
     return lines[-1] if lines else ""
