@@ -13,7 +13,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,10 +159,15 @@ def qemu_command(kernel: Kernel, folder: Path, out: Path, size: Size) -> list[st
     ]  # fmt: skip
 
 
+def print_lines(series: str, output: Iterable[str]) -> None:
+    for line in output:
+        print(f"{series:>5} | {line}", end="", flush=True)
+
+
 def run_once(
     kernel: Kernel, command: list[str], out: Path, cwd: Path, timeout_s: float, size: Size
 ) -> int:
-    """Run a command in a fresh guest; its output goes to our standard output.
+    """Run a command in a fresh guest; its output goes to ours, each line with the kernel's series.
 
     Returns its exit status. Raises GuestTimeoutError, and GuestDiedError when there is none.
     """
@@ -172,11 +179,14 @@ def run_once(
         folder = Path(name)
         needed = [cwd, Path(command[0]), kernel.folder]
         server = start_file_server(folder, out, needed)
-        guest = None
+        guest = printer = None
         try:
             guest = subprocess.Popen(
-                qemu_command(kernel, folder, out, size), stdin=subprocess.DEVNULL
-            )
+                qemu_command(kernel, folder, out, size),
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace",
+            )  # fmt: skip
+            printer = threading.Thread(target=print_lines, args=(kernel.series, guest.stdout))
+            printer.start()
             guest.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise GuestTimeoutError(kernel.release, timeout_s) from None
@@ -185,6 +195,8 @@ def run_once(
                 if process is not None:
                     process.kill()
                     process.wait()
+            if printer is not None:
+                printer.join()
     status = out / "status"
     if status.exists():
         return int(status.read_text())
