@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from weir.agent.resources import Service, ServicePort, Slice, same_family
 from weir.agent.rows import Rows
+from weir.api.address import Addr
 from weir.datapath import records
 
 SCOPE_CLUSTER = 0
@@ -121,10 +122,9 @@ class ServiceTables:
         if service is not None:
             slices = [self._slices[resource] for resource in self._slices_of.get(name, ())]
             for port in service.ports:
-                backends = self._endpoints(port, slices)
                 for address in service.cluster_ips:
                     key = records.ServiceKey(address, port.port, port.protocol, SCOPE_CLUSTER)
-                    wanted[key] = tuple(b for b in backends if same_family(b.address, address))
+                    wanted[key] = self._endpoints(port, slices, address)
         for key in self._keys.get(name, ()):
             if key not in wanted:
                 self._disclaim(key, name)
@@ -135,7 +135,10 @@ class ServiceTables:
         else:
             self._keys.pop(name, None)
 
-    def _endpoints(self, port: ServicePort, slices: Iterable[Slice]) -> list[records.Backend]:
+    def _endpoints(
+        self, port: ServicePort, slices: Iterable[Slice], cluster_ip: Addr
+    ) -> tuple[records.Backend, ...]:
+        """Those of the cluster IP's family: what the other family has ready is no use to it."""
         ready: dict[records.Backend, None] = {}
         draining: dict[records.Backend, None] = {}
         for item in slices:
@@ -143,12 +146,14 @@ class ServiceTables:
                 if slice_port.name != port.name or slice_port.protocol != port.protocol:
                     continue
                 for endpoint in item.endpoints:
+                    if not same_family(endpoint.address, cluster_ip):
+                        continue
                     backend = records.Backend(endpoint.address, slice_port.port)
                     if endpoint.ready:
                         ready[backend] = None
                     elif endpoint.serving and endpoint.terminating:
                         draining[backend] = None
-        return list(ready or draining)
+        return tuple(ready or draining)
 
     def _claim(
         self,

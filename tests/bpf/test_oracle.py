@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random clusters, from the API's JSON to packets, against an independent model of the specs."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from random import Random
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from support.datapaths import clear, place
+from support.oracle_checks import Checker, Difference
+from support.oracle_node import Devices, TestedNode
+from support.oracle_scripts import NODES, Script, beginning, shortest, some_script
+
+from weir.api.address import parse
+from weir.datapath.datapath import Datapath
+from weir.datapath.settings import Settings, Sizes
+
+STEPS = 6
+SIZES = Sizes(
+    services=1024, backends=4096, endpoints=256, addresses=4096, prefixes=4096, routes=256,
+    policy=65536, ct=131072, snat=64, sock_nat=64, events=1 << 20,
+)  # fmt: skip
+HERE4, HERE6 = (parse(ip) for ip in NODES["n1"][0])
+
+
+class Bench:
+    """A loaded datapath and devices, and how to run a script on them."""
+
+    def __init__(self, datapath: Datapath, devices: Devices) -> None:
+        self.datapath = datapath
+        self.devices = devices
+        self.counts: Counter[str] = Counter()
+
+    def run(self, seed: int, script: Script) -> None:
+        """Raises Difference."""
+        clear(self.datapath)
+        with tempfile.TemporaryDirectory() as folder, self.devices.ns.entered():
+            asyncio.run(self._run(seed, script, Path(folder)))
+
+    async def _run(self, seed: int, script: Script, folder: Path) -> None:
+        rng = Random(seed)
+        node = TestedNode(self.datapath, self.devices, folder)
+        checker = Checker(node, rng)
+        try:
+            await node.do(beginning(Random(seed)))
+            for actions in script:
+                await node.do(actions)
+                checker.check(2)
+        finally:
+            node.close()
+            self.counts += checker.counts
+
+    def fails(self, seed: int, script: Script) -> bool:
+        try:
+            self.run(seed, script)
+        except Difference:
+            return True
+        return False
+
+
+@pytest.fixture(scope="module")
+def bench(private_mounts: None) -> Iterator[Bench]:
+    with ExitStack() as stack:
+        root, cgroup = stack.enter_context(place())
+        constants = Settings(node_ipv4=HERE4, node_ipv6=HERE6)
+        datapath = Datapath.open(root, cgroup, constants, SIZES)
+        stack.callback(datapath.close)
+        stack.callback(Datapath.remove, root)
+        devices = Devices()
+        stack.callback(devices.ns.close)
+        yield Bench(datapath, devices)
+
+
+@settings(
+    max_examples=25, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
+@given(seed=st.integers(0, 2**32))
+def test_node_and_model_agree(bench: Bench, seed: int) -> None:
+    """The script of a failing seed is cut down before it is shown."""
+    script = some_script(Random(seed), STEPS)
+    try:
+        bench.run(seed, script)
+    except Difference as difference:
+        short = shortest(script, lambda tried: bench.fails(seed, tried), 20)
+        try:
+            bench.run(seed, short)
+        except Difference as again:
+            lines = "\n".join(f"{number}: {a}" for number, step in enumerate(short) for a in step)
+            raise AssertionError(f"{again}\n{lines}") from difference
+        raise

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions to the tested node and to the model, and what it means that they differ."""
+
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+
+from support.oracle import Oracle, address, pod_addresses, version
+from support.oracle_node import ACK, SYN, SYN_ACK, Flow, TestedNode, ends
+from support.oracle_scripts import HERE, NODES, OUTSIDE, PROBES, SERVICE_PORTS, UNKNOWN
+
+FLOWS = 24
+Question = tuple[str, str, str, int]
+
+
+class Difference(AssertionError):
+    """Node and model say different things."""
+
+
+class Checker:
+    """Follows one node through a script."""
+
+    def __init__(self, node: TestedNode, rng: Random) -> None:
+        self._node = node
+        self._rng = rng
+        self._flows: list[Flow] = []
+        self.counts: Counter[str] = Counter()
+
+    def check(self, probes: int) -> None:
+        oracle = Oracle(self._node.cluster, HERE)
+        self._established(oracle)
+        for question in questions(self._node, self._rng, probes):
+            self._fresh(oracle, question)
+        self._services(oracle)
+        self._open(oracle)
+
+    def _fresh(self, oracle: Oracle, question: Question) -> None:
+        """The first packet of a flow."""
+        flow = self._node.flow(*question)
+        expected = oracle.allows(*question)
+        seen = self._node.send(flow)
+        self.counts["allowed" if expected else "denied"] += 1
+        if seen.passed != expected:
+            raise Difference(f"{question}: expected {expected}, {seen.passed} {seen.reason}")
+        if not expected:
+            direction = "INGRESS" if oracle.egress(*question) else "EGRESS"
+            if seen.reason not in {f"POLICY_{direction}", "UNKNOWN_PEER"}:
+                raise Difference(f"{question}: dropped for {seen.reason}, not {direction}")
+
+    def _established(self, oracle: Oracle) -> None:
+        """Both directions of a flow that was allowed when it began: judged anew, as opened."""
+        known = set(self._node.local())
+        kept: list[Flow] = []
+        for flow in self._flows:
+            question = (flow.source, flow.target, flow.protocol, flow.port)
+            if self._was_local(flow) - known:
+                continue
+            expected = oracle.allows(*question)
+            for reply in self._rng.sample([False, True], 2):
+                seen = self._node.send(flow, reply=reply, flags=ACK)
+                self.counts["again " + ("allowed" if expected else "denied")] += 1
+                if seen.passed != expected:
+                    which = "reply" if reply else "packet"
+                    raise Difference(
+                        f"{which} of open {question}: expected {expected}, "
+                        f"{seen.passed} {seen.reason}"
+                    )
+            kept.append(flow)
+        self._flows = kept
+
+    def _was_local(self, flow: Flow) -> set[str]:
+        prefixes = ("10.0.1.", "fd00:0:0:1:")
+        return {ip for ip in (flow.source, flow.target) if ip.startswith(prefixes)}
+
+    def _open(self, oracle: Oracle) -> None:
+        """Some flows to come back to; their replies pass whatever policy says of those."""
+        self._rng.shuffle(self._flows)
+        del self._flows[FLOWS // 2 :]
+        own = NODES[HERE][0]
+        for question in questions(self._node, self._rng, 1):
+            if len(self._flows) >= FLOWS:
+                return
+            if question[0] == question[1] or own.count(question[0]) + own.count(question[1]):
+                continue
+            if not oracle.allows(*question):
+                continue
+            flow = self._node.flow(*question)
+            first = self._node.send(flow, flags=SYN)
+            reply = self._node.send(flow, reply=True, flags=SYN_ACK)
+            if not (first.passed and reply.passed):
+                raise Difference(f"{question}: {first.reason}, reply: {reply.reason}")
+            self._flows.append(flow)
+
+    def _services(self, oracle: Oracle) -> None:
+        for vip in (f"{net}{last}" for net in ("10.96.0.", "fd00:96::") for last in (10, 11, 12)):
+            for protocol, port in sorted(SERVED):
+                targets = oracle.backends(vip, protocol, port)
+                if targets is None:
+                    continue
+                clients = [ip for ip in self._node.local() if version(ip) == version(vip)]
+                for client in self._rng.sample(clients, min(2, len(clients))):
+                    for _ in range(2):
+                        self._service(oracle, client, (vip, protocol, port), targets)
+
+    def _service(
+        self, oracle: Oracle, client: str, at: tuple[str, str, int], targets: set[tuple[str, int]]
+    ) -> None:
+        vip, protocol, port = at
+        seen = self._node.send(self._node.flow(client, vip, protocol, port))
+        allowed = {t for t in targets if oracle.allows(client, t[0], protocol, t[1])}
+        what = f"{client} → {vip}:{port}/{protocol} of {sorted(targets)}, policy lets {allowed}"
+        if not targets:
+            self.counts["refused"] += 1
+            answer = seen.packet[26:34] if version(vip) == 4 else seen.packet[22:54]
+            if seen.reason != "NO_BACKEND" or not seen.passed:
+                raise Difference(f"{what}: not refused: {seen.reason} {answer.hex()}")
+            return
+        if seen.reason == "NO_ENDPOINT":
+            # A slice may name an address here that no pod has any more.
+            gone = {t for t in allowed if self._node.device(t[0]) is None}
+            if not gone:
+                raise Difference(f"{what}: no endpoint")
+            self.counts["backend gone"] += 1
+        elif seen.passed:
+            self.counts["served"] += 1
+            source, target, _, number = ends(seen.packet)
+            if source != client or (target, number) not in {norm(t) for t in allowed}:
+                raise Difference(f"{what}: went to {target}:{number} from {source}")
+        else:
+            self.counts["served but denied"] += 1
+            if targets == allowed or seen.reason not in {
+                "POLICY_EGRESS",
+                "POLICY_INGRESS",
+                "UNKNOWN_PEER",
+            }:
+                raise Difference(f"{what}: {seen.reason}")
+
+
+SERVED = {(port.get("protocol", "TCP"), port["port"]) for ports in SERVICE_PORTS for port in ports}
+
+
+def norm(target: tuple[str, int]) -> tuple[str, int]:
+    """With the address as the kernel writes it."""
+    return str(address(target[0])), target[1]
+
+
+def questions(node: TestedNode, rng: Random, probes: int) -> list[Question]:
+    """Every pair of which one is here, each with some protocols and ports."""
+    local = node.local()
+    remote = [
+        ip
+        for pod in node.cluster.of("Pod").values()
+        if pod["spec"]["nodeName"] != HERE
+        for ip in pod_addresses(pod)
+    ]
+    others = remote + OUTSIDE + UNKNOWN + [ip for ips, _ in NODES.values() for ip in ips]
+    pairs = [(a, b) for a in local for b in local + others]
+    pairs += [(b, a) for a in local for b in others]
+    return [
+        (a, b, protocol, port)
+        for a, b in pairs
+        if version(a) == version(b)
+        for protocol, port in rng.sample(PROBES, probes)
+    ]
