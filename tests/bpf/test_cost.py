@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from support.packets import TC_ACT_REDIRECT
 
 from weir.datapath import features
 
-BUDGET = Path(__file__).with_name("instructions.json")
+BUDGET = Path(__file__).parents[1] / "kernels" / "budget.json"
 # The design asks for 150 ns on a quiet machine; a busy one must still tell a regression.
 NANOSECONDS_MAX = 400
 
@@ -45,4 +46,5 @@ def test_established_packet(node: Node, net: Book) -> None:
     assert {out.code for out in runs} == {TC_ACT_REDIRECT}
     best = min(out.duration_ns for out in runs)
     print(f"from_pod, established, IPv{net.family}: {best} ns")
-    assert best <= NANOSECONDS_MAX
+    if "WEIR_TIME_SCALE" not in os.environ:  # an emulated CPU says nothing about time
+        assert best <= NANOSECONDS_MAX

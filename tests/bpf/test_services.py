@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from scapy.layers.inet import ICMP, TCP, UDP
 from scapy.layers.inet6 import ICMPv6DestUnreach
 from scapy.layers.l2 import Ether
-from scapy.packet import Raw
+from scapy.packet import Packet, Raw
 from support.packet_node import HOST_MACS, POD_MACS, Book, Node
 from support.packets import TC_ACT_REDIRECT, TC_ACT_SHOT, assert_packet
 
-from weir.api.address import parse
 from weir.datapath.records import CtFlag, DropReason, Isolation
 
 
-def to_pod(pod: str, layers: object) -> bytes:
+def to_pod(pod: str, layers: Packet) -> bytes:
     return bytes(Ether(dst=POD_MACS[pod], src=HOST_MACS[pod]) / layers)
 
 
@@ -34,7 +35,7 @@ def test_there_and_back(node: Node, net: Book, proto: str) -> None:
         entry.flags & (CtFlag.SERVICE | CtFlag.REV_NAT) for entry in node.flows().values()
     )
     assert flags == [CtFlag.SERVICE, CtFlag.REV_NAT]
-    kind = {"flags": "SA"} if proto == "tcp" else {}
+    kind: dict[str, Any] = {"flags": "SA"} if proto == "tcp" else {}
     reply = node.from_pod(
         "b", net.ip(net.b, net.a) / layer(sport=8080, dport=4000, **kind) / b"you"
     )
@@ -72,6 +73,12 @@ def test_new_backends(node: Node, net: Book) -> None:
     assert node.from_pod("a", new).frame.dport == 9090
     node.tables.services.delete([key for key, _ in node.tables.services.items()])
     assert node.from_pod("a", udp).frame.dport == 80
+    node.isolate(a_egress=Isolation(9, 0))
+    other = net.ip(net.a, net.vip) / UDP(sport=3, dport=80)
+    node.service(17, 80, (net.a, 1))
+    node.from_pod("a", other)
+    node.tables.services.delete([key for key, _ in node.tables.services.items()])
+    assert node.from_pod("a", other).drops == {DropReason.POLICY_EGRESS: 1}
 
 
 def test_backends_are_all_used(node: Node, net: Book) -> None:
@@ -121,9 +128,9 @@ def test_reset_is_not_answered(node: Node, net: Book) -> None:
     assert (out.code, out.drops) == (TC_ACT_SHOT, {DropReason.NO_BACKEND: 1})
 
 
-def unreachable(net: Book, source: str, destination: str, quoted: object) -> object:
+def unreachable(net: Book, source: str, destination: str, quoted: Packet) -> Packet:
     error = ICMP(type=3, code=3) if net.family == 4 else ICMPv6DestUnreach(code=4)
-    return net.ip(source, destination) / error / Raw(bytes(quoted))  # type: ignore[call-overload]
+    return net.ip(source, destination) / error / Raw(bytes(quoted))
 
 
 def test_error_about_a_flow_passes(node: Node, net: Book) -> None:
@@ -183,4 +190,3 @@ def test_backend_on_the_node_itself(node: Node, net: Book) -> None:
     assert_packet(
         out.packet, to_pod("a", net.ip(net.vip, net.a) / TCP(sport=80, dport=1, flags="SA"))
     )
-    assert parse(net.vip)

@@ -9,7 +9,7 @@ import pytest
 from scapy.layers.inet import ICMP, TCP, UDP
 from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6PacketTooBig, ICMPv6TimeExceeded
 from scapy.layers.l2 import Ether
-from scapy.packet import Raw
+from scapy.packet import Packet, Raw
 from support.packet_node import (
     BOOKS,
     GATEWAY_MAC,
@@ -23,14 +23,14 @@ from support.packet_node import (
 from support.packets import TC_ACT_OK, TC_ACT_REDIRECT, TC_ACT_SHOT, assert_packet
 
 from weir.api.address import parse
-from weir.datapath.records import DropReason, Route, RouteFlag, SnatKind
+from weir.datapath.records import DropReason, Isolation, Route, RouteFlag, SnatKind
 
 
-def on_wire(layers: object) -> bytes:
+def on_wire(layers: Packet) -> bytes:
     return bytes(Ether(src=GATEWAY_MAC, dst=PEER_MAC) / layers)
 
 
-def to_pod(pod: str, layers: object) -> bytes:
+def to_pod(pod: str, layers: Packet) -> bytes:
     return bytes(Ether(dst=POD_MACS[pod], src=HOST_MACS[pod]) / layers)
 
 
@@ -38,12 +38,12 @@ def to_pod(pod: str, layers: object) -> bytes:
 def test_masquerade_and_back(node: Node, net: Book, proto: str) -> None:
     """a → world leaves as node:61000..61003 → world, the reply comes back into a."""
 
-    def there(port: int) -> object:
+    def there(port: int) -> Packet:
         if proto == "icmp":
             return net.echo(port)
         return (TCP if proto == "tcp" else UDP)(sport=port, dport=443) / Raw(b"abc")
 
-    def back(port: int) -> object:
+    def back(port: int) -> Packet:
         if proto == "icmp":
             return net.echo(port, reply=True)
         layer = (
@@ -60,6 +60,7 @@ def test_masquerade_and_back(node: Node, net: Book, proto: str) -> None:
     assert len(list(node.tables.snat.items())) == 2
     again = node.leaves(net.ip(net.a, net.world) / there(4000))
     assert_packet(again.packet, out.packet)
+    node.isolate(a_ingress=Isolation(9, 0))
     reply = node.arrives(net.ip(net.world, net.node) / back(port))
     assert (reply.code, reply.drops) == (TC_ACT_REDIRECT, {})
     assert_packet(reply.packet, to_pod("a", net.ip(net.world, net.a) / back(4000)))
@@ -152,7 +153,7 @@ def test_too_big_for_the_overlay(node: Node, net: Book, through: str) -> None:
     target = net.vip if through == "VIP" else net.r
     flags = {"flags": "DF"} if net.family == 4 else {}
 
-    def packet(size: int) -> object:
+    def packet(size: int) -> Packet:
         return net.ip(net.a, target, **flags) / UDP(sport=1, dport=2) / Raw(b"x" * (size - header))
 
     assert node.from_pod("a", packet(1400)).drops == {}

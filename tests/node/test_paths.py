@@ -312,7 +312,32 @@ def test_path_mtu(net: Net, family: int) -> None:
         datagrams.setsockopt(level, option, do)
         datagrams.connect((ADDRESS[family]["r"], 9))
         # The first is sent and answered, unless an earlier connection learned it already.
-        with pytest.raises(OSError, match="too long"):
+        with pytest.raises(OSError, match="too long"):  # noqa: PT012
             for _ in range(2):
                 datagrams.send(bytes(OVERLAY_MTU - 20))
         assert datagrams.getsockopt(level, 14 if family == 4 else 24) == OVERLAY_MTU
+
+
+@FAMILIES
+@pytest.mark.parametrize("lie", ["unknown node", "another node's pod"])
+def test_overlay_believes_nodes_only(net: Net, family: int, lie: str) -> None:
+    """Each node may send what is its own, and nobody else anything."""
+    if not net.one.tunnel:
+        return
+    tables = net.one.datapath.tables
+    node2, cidr = parse(ADDRESS[4]["node2"]), net.one.prefix(family, 2)
+    node_row, cidr_row = tables.addresses.get(node2), tables.routes.get(cidr)
+    assert node_row
+    assert cidr_row
+    before = net.one.drops().get(DropReason.SPOOFED_SOURCE, 0)
+    if lie == "unknown node":
+        tables.addresses.delete([node2])
+    else:
+        tables.routes.update({cidr: Route(parse("192.0.2.77"), cidr_row.flags)})
+    try:
+        with sock(net.where("r"), family, socket.SOCK_DGRAM) as datagrams:
+            datagrams.sendto(b"?", (ADDRESS[family]["a"], 7000))
+        assert net.one.drops().get(DropReason.SPOOFED_SOURCE, 0) == before + 1
+    finally:
+        tables.addresses.update({node2: node_row})
+        tables.routes.update({cidr: cidr_row})

@@ -31,8 +31,9 @@ PRELUDE = """
 import errno, socket, sys, threading
 family, vip, local = sys.argv[1:4]
 family = socket.AF_INET if family == "4" else socket.AF_INET6
+server_family = socket.AF_INET6 if local == "::1" else socket.AF_INET
 def udp_server(port):
-    s = socket.socket(family if family == socket.AF_INET or local == "::1" else socket.AF_INET, socket.SOCK_DGRAM)
+    s = socket.socket(server_family, socket.SOCK_DGRAM)
     s.bind((local.removeprefix("::ffff:"), port))
     def serve():
         while True:
@@ -40,7 +41,7 @@ def udp_server(port):
             s.sendto(str(port).encode(), peer)
     threading.Thread(target=serve, daemon=True).start()
 def tcp_server(port):
-    s = socket.socket(family if family == socket.AF_INET or local == "::1" else socket.AF_INET)
+    s = socket.socket(server_family)
     s.bind((local.removeprefix("::ffff:"), port)); s.listen()
     def serve():
         while True:
@@ -79,7 +80,8 @@ class Box:
         command = [sys.executable, "-c", code, family, VIP[family], LOCAL[family]]
         with self.ns.entered():
             return subprocess.Popen(
-                command, text=True, preexec_fn=enter, stdin=subprocess.PIPE,
+                command, text=True, preexec_fn=enter,  # noqa: PLW1509  writes one file, no other thread runs
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )  # fmt: skip
 
