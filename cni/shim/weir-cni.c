@@ -11,7 +11,7 @@
  * weir.cni.server is the other side. VERSION is answered here: the runtime may ask before
  * the agent runs. Every other command fails with "try again later" while the agent is
  * away, DEL and GC too: the runtime then repeats them, so that no teardown is lost, and
- * nothing has to be queued on disk by a process that nobody watches.
+ * nothing has to be queued on disk by a process that nobody watches. STATUS waits for it.
  *
  * All buffers are static: this runs once and handles one bounded request.
  */
@@ -31,6 +31,10 @@
 
 #define DEFAULT_SOCKET "/run/weir/cni.sock"
 #define CONNECT_SECONDS 5
+/* An agent that restarts is no broken node: a kubelet that heard so would mark the node, and with
+ * it its pods, not ready. Well below the 30 s after which the kubelet gives the runtime up. */
+#define STATUS_PATIENCE_MS 15000
+#define RETRY_MS 100
 #define ANSWER_SECONDS 90	/* longer than the agent's own limit, so that its text arrives */
 #define CONFIG_MAX (1u << 20)
 #define ENV_MAX (256u << 10)
@@ -243,8 +247,10 @@ static int receive(int fd, void *to, size_t length, int64_t deadline)
 	return 0;
 }
 
-static int ask_agent(size_t env_length, size_t config_length)
+/* @patience_ms: how long to wait for an agent that is away. */
+static int ask_agent(size_t env_length, size_t config_length, int64_t patience_ms)
 {
+	int64_t patient_until = now_ms() + patience_ms;
 	static const char *away = "the Weir agent on this node does not answer yet; the call will "
 				  "be repeated. If this lasts, look at the weir-agent pod of this node";
 	struct timeval limit = { .tv_sec = CONNECT_SECONDS };
@@ -258,7 +264,11 @@ static int ask_agent(size_t env_length, size_t config_length)
 	/* also bounds connect() while the agent's backlog is full */
 	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
 	memcpy(address.sun_path, socket_path, strlen(socket_path));
-	if (connect(fd, (struct sockaddr *)&address, sizeof(address))) {
+	while (connect(fd, (struct sockaddr *)&address, sizeof(address))) {
+		if (now_ms() < patient_until) {
+			poll(NULL, 0, RETRY_MS);
+			continue;
+		}
 		snprintf(details, sizeof(details), "connect %s: %s", socket_path, strerror(errno));
 		return fail(CODE_TRY_AGAIN, away, details);
 	}
@@ -321,5 +331,6 @@ int main(void)
 	env_length = gather_env();
 	if (env_length < 0)
 		return fail(CODE_ENV, "the CNI_* variables are too long", "at most 256 KiB");
-	return ask_agent((size_t)env_length, (size_t)config_length);
+	return ask_agent((size_t)env_length, (size_t)config_length,
+			 strcmp(command, "STATUS") ? 0 : STATUS_PATIENCE_MS);
 }

@@ -453,7 +453,7 @@ def test_missing_environment(agent: Agent) -> None:
 
 
 def test_shim_without_an_agent(agent: Agent, pod: NetNs) -> None:
-    for command in ("ADD", "DEL", "CHECK", "GC", "STATUS"):
+    for command in ("ADD", "DEL", "CHECK", "GC"):
         answer = agent.pod(command, pod)
         assert (answer.exit, answer.json["code"]) == (1, 11)
         assert answer.json["cniVersion"] == "1.1.0"
@@ -462,6 +462,20 @@ def test_shim_without_an_agent(agent: Agent, pod: NetNs) -> None:
     assert versions == Answer(
         0, {"cniVersion": "0.4.0", "supportedVersions": ["0.3.1", "0.4.0", "1.0.0", "1.1.0"]}
     )
+
+
+def test_status_waits_for_an_agent_that_restarts(agent: Agent) -> None:
+    """A node must not be called NotReady because its agent is being upgraded."""
+    with ThreadPoolExecutor(1) as pool:
+        early = pool.submit(agent.shim, "STATUS")
+        time.sleep(1)  # the time without an agent is what is tested
+        assert not early.done()
+        agent.start()
+        assert early.result() == Answer(0, None)
+    agent.stop()
+    began = time.monotonic()
+    assert agent.shim("STATUS").json["code"] == 11
+    assert 10 < time.monotonic() - began < 20
 
 
 def test_shim_takes_the_socket_from_the_configuration(agent: Agent) -> None:
