@@ -18,4 +18,5 @@ if [[ -z $python ]]; then
 fi
 [[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
 echo "installing Weir and its tools into $venv"
+"$venv/bin/pip" --quiet --disable-pip-version-check install --upgrade pip
 "$venv/bin/pip" --quiet --disable-pip-version-check install --editable '.[dev]'
