@@ -36,7 +36,9 @@ def stale(output: Path, sources: Iterable[Path]) -> bool:
 def tool(name: str) -> str:
     path = shutil.which(name)
     if path is None:
-        raise BuildError(f"{name} not found: install the packages in hack/packages.txt (make setup)")
+        raise BuildError(
+            f"{name} not found: install the packages in hack/packages.txt (make setup)"
+        )
     return path
 
 
@@ -91,7 +93,9 @@ def build_proto() -> None:
     bin_dir = Path(sys.executable).parent
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{out}"]
     command += [f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}"]
-    plugin = shutil.which("protoc-gen-mypy_grpc") or shutil.which(str(bin_dir / "protoc-gen-mypy_grpc"))
+    plugin = shutil.which("protoc-gen-mypy_grpc") or shutil.which(
+        str(bin_dir / "protoc-gen-mypy_grpc")
+    )
     if plugin:
         command += [f"--plugin=protoc-gen-mypy_grpc={plugin}", f"--mypy_grpc_out={out}"]
     run([*command, str(PROTO)])
