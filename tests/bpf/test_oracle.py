@@ -15,9 +15,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from support.datapaths import clear, place
-from support.oracle_checks import Checker, Difference
+from support.oracle_checks import Checker, Difference, Moments
 from support.oracle_node import Devices, TestedNode
-from support.oracle_scripts import NODES, Script, beginning, shortest, some_script
+from support.oracle_scripts import NODES, Script, beginning, shortest, some_action, some_script
 
 from weir.api.address import parse
 from weir.datapath.datapath import Datapath
@@ -58,6 +58,24 @@ class Bench:
             node.close()
             self.counts += checker.counts
 
+    def run_row_by_row(self, seed: int, script: Script) -> None:
+        """One action a round, watched; the script's first step is not. Raises Difference."""
+        clear(self.datapath)
+        with tempfile.TemporaryDirectory() as folder, self.devices.ns.entered():
+            asyncio.run(self._watch(seed, script, Path(folder)))
+
+    async def _watch(self, seed: int, script: Script, folder: Path) -> None:
+        moments = Moments(Random(seed))
+        node = TestedNode(self.datapath, self.devices, folder, moments.wrote)
+        moments.node = node
+        try:
+            await node.do([*beginning(Random(seed)), *script[0]])
+            for action in (action for step in script[1:] for action in step):
+                await moments.during(action)
+        finally:
+            node.close()
+            self.counts += moments.counts
+
     def fails(self, seed: int, script: Script) -> bool:
         try:
             self.run(seed, script)
@@ -96,3 +114,22 @@ def test_node_and_model_agree(bench: Bench, seed: int) -> None:
             lines = "\n".join(f"{number}: {a}" for number, step in enumerate(short) for a in step)
             raise AssertionError(f"{again}\n{lines}") from difference
         raise
+
+
+def policy_changes(rng: Random, count: int) -> Script:
+    """A cluster, then policies that come, go and change, and pods and namespaces relabelled."""
+    script: Script = [some_script(rng, 0)[0]]
+    while len(script) <= count:
+        action = some_action(rng)
+        if action[1] == "NetworkPolicy" or action[0] == "relabel":
+            script.append([action])
+    return script
+
+
+@settings(
+    max_examples=12, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
+@given(seed=st.integers(0, 2**32))
+def test_no_wrong_moment(bench: Bench, seed: int) -> None:
+    """Row by row: what a change does not concern never sees it, whatever is written already."""
+    bench.run_row_by_row(seed, policy_changes(Random(seed), 8))

@@ -6,11 +6,21 @@ from __future__ import annotations
 from collections import Counter
 from random import Random
 
-from support.oracle import Oracle, address, pod_addresses, version
+from support.oracle import Cluster, Name, Oracle, address, pod_addresses, version
 from support.oracle_node import ACK, SYN, SYN_ACK, Flow, TestedNode, ends
-from support.oracle_scripts import HERE, NODES, OUTSIDE, PROBES, SERVICE_PORTS, UNKNOWN
+from support.oracle_scripts import (
+    HERE,
+    NODES,
+    OUTSIDE,
+    PROBES,
+    SERVICE_PORTS,
+    UNKNOWN,
+    Action,
+    change,
+)
 
 FLOWS = 24
+PER_ROW = 60  # packets after each row
 Question = tuple[str, str, str, int]
 
 
@@ -135,6 +145,70 @@ class Checker:
                 "UNKNOWN_PEER",
             }:
                 raise Difference(f"{what}: {seen.reason}")
+
+
+class Moments:
+    """Looks at the node after each row that is written during one change."""
+
+    def __init__(self, rng: Random) -> None:
+        self._rng = rng
+        self._watched: list[tuple[Question, bool]] = []
+        self._history: list[str] = []
+        self.node: TestedNode | None = None
+        self.counts: Counter[str] = Counter()
+
+    async def during(self, action: Action) -> None:
+        """Does it. A packet about which old and new policies agree, in each direction, must see
+        nothing of it."""
+        node = self.node
+        assert node is not None
+        coming = Cluster({kind: dict(found) for kind, found in node.cluster.objects.items()})
+        was = Oracle(coming, HERE)
+        old = {question: _both(was, question) for question in questions(node, self._rng, 1)}
+        change(coming, action)
+        will = Oracle(coming, HERE)
+        moving = {
+            ip
+            for cluster in (node.cluster, coming)
+            for at, pod in cluster.of("Pod").items()
+            for ip in pod_addresses(pod)
+            if _uid(node.cluster, at) != _uid(coming, at)
+        }
+        watched = [
+            (question, all(verdicts))
+            for question, verdicts in old.items()
+            if verdicts == _both(will, question) and not moving & {question[0], question[1]}
+        ]
+        self._watched = self._rng.sample(watched, min(PER_ROW, len(watched)))
+        self._history = []
+        try:
+            await node.do([action])
+        finally:
+            self._watched = []
+
+    def wrote(self, table: str, key: object, row: object) -> None:
+        if not self._watched or self.node is None:
+            return
+        self._history.append(f"{table}: {key} = {row}")
+        self.counts["rows"] += 1
+        for question, expected in self._watched:
+            seen = self.node.send(self.node.flow(*question))
+            self.counts["allowed" if expected else "denied"] += 1
+            if seen.passed != expected:
+                done = "\n".join(self._history)
+                raise Difference(
+                    f"{question}: old and new say {expected}, {seen.passed} {seen.reason} "
+                    f"after\n{done}"
+                )
+
+
+def _both(oracle: Oracle, question: Question) -> tuple[bool, bool]:
+    return oracle.egress(*question), oracle.ingress(*question)
+
+
+def _uid(cluster: Cluster, at: Name) -> str:
+    pod = cluster.of("Pod").get(at)
+    return pod["metadata"]["uid"] if pod is not None and pod_addresses(pod) else ""
 
 
 SERVED = {(port.get("protocol", "TCP"), port["port"]) for ports in SERVICE_PORTS for port in ports}

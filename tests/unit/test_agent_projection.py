@@ -22,7 +22,7 @@ from support.worlds import (
     questions,
 )
 
-from weir.agent.plan import plan
+from weir.agent.plan import Plan, plan
 from weir.agent.policy import DENY_ALL
 from weir.agent.ports import PortPrefix, prefixes
 from weir.agent.resources import NamedPort, PortRange
@@ -124,6 +124,12 @@ def test_step_by_step_equals_from_scratch(steps: list[tuple[World, int]]) -> Non
     assert len({contents.key(number) for number in used}) == len(used)
 
 
+def made_plan(projection: Projection) -> Plan:
+    delta = projection.take()
+    prefixes = projection.table("prefixes").rows
+    return plan(delta, projection.class_numbers, projection.policy, prefixes)
+
+
 def single_ops(made: Any) -> Any:
     for op in made.policy:
         for key, row in op.upserts.items():
@@ -133,8 +139,7 @@ def single_ops(made: Any) -> Any:
 
 
 def run_and_watch(projection: Projection, kernel: Rows, old: World, new: World) -> None:
-    delta = projection.take()
-    made = plan(delta, projection.class_numbers, projection.policy)
+    made = made_plan(projection)
     watched = [
         (question, expected(old, question))
         for question in filter(involves_local, questions(PODS))
@@ -158,7 +163,7 @@ def watch(old: World, new: World, offset: int) -> None:
         projection.set_endpoint(endpoint(number))
     kernel: Rows = {"endpoints": {}, "addresses": {}, "policy": {}, "prefixes": {}}
     projection.apply(old.resources())
-    first = plan(projection.take(), projection.class_numbers, projection.policy)
+    first = made_plan(projection)
     for table, key, row in single_ops(first):
         kernel[table][key] = row
     projection.apply(difference(old.resources(), new.resources(offset)))
@@ -280,7 +285,7 @@ def test_flows_to_a_new_isolated_pod_are_judged_again(isolated: bool) -> None:
     policies = {"p": Policy("a", True, False)} if isolated else {}
     projection = Projection()
     projection.apply(World({1: Pod(frozenset("a"))}, policies).resources())
-    plan(projection.take(), projection.class_numbers, projection.policy)
+    made_plan(projection)
     projection.set_endpoint(endpoint(1))
-    made = plan(projection.take(), projection.class_numbers, projection.policy)
+    made = made_plan(projection)
     assert made.judge_again is isolated

@@ -42,6 +42,10 @@ def apply_group(ops: Iterable[AnyOp], tables: Mapping[str, AnyTable]) -> Outcome
         upserts: Mapping[Hashable, Any] = op.upserts
         if op.table == "services" and outcome.rejected.get("backends"):
             upserts = _shortened(upserts, outcome)
+        if op.table == "prefixes":
+            # What did not fit earlier, and what was taken away for that, stays out.
+            out = outcome.rejected.get("prefixes", set())
+            upserts = {key: row for key, row in upserts.items() if key not in out}
         try:
             _write(table, upserts, outcome)
             table.delete(op.deletes)

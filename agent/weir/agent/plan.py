@@ -10,6 +10,10 @@ and a subject from rule set R to S:
 4. addresses that lose selectors move, gone ones go;
 5. rows that are no more.
 
+Prefixes nest, so one that comes or goes moves addresses too: from the class of the longest prefix
+around it, or to that. It comes in step 2, before wider ones do and those that are there change;
+it goes at the end of step 4, when it has the class that its addresses will have without it.
+
 The class that an address is in during step 3 (b, a ∪ b or a) gets copies of the rows of both a
 and b, of old rule sets and of new ones, as far as it lacks them, and loses them in step 5.
 
@@ -28,10 +32,11 @@ from itertools import chain
 from typing import Generic, TypeVar
 
 from weir.agent.classes import NOTHING, ClassContent, Numbers
+from weir.agent.identity import CLASS_WORLD
 from weir.agent.policy import PolicyTables
 from weir.agent.rows import Change
 from weir.agent.tables import Delta
-from weir.api.address import Addr
+from weir.api.address import Addr, cidr
 from weir.datapath import records
 
 K = TypeVar("K", bound=Hashable)
@@ -65,11 +70,13 @@ def plan(
     delta: Delta,
     numbers: Numbers[ClassContent],
     policy: PolicyTables,
+    prefixes: Mapping[records.PrefixKey, records.Prefix],
 ) -> Plan:
-    """`policy`: has the desired rows, of which classes on their way need copies."""
+    """`policy`: has the desired rows, of which classes on their way need copies. `prefixes`: the
+    desired rows, among which those that come or go lie."""
     moves = Moves(numbers)
     early_addresses, late_addresses = moves.split(delta.addresses, _address_class)
-    early_prefixes, late_prefixes = moves.split(delta.prefixes, _prefix_class)
+    early_prefixes, late_prefixes = moves.prefixes(delta.prefixes, prefixes)
     early, isolate, switch, free, late = moves.endpoints(delta.endpoints)
     copies = moves.copies(policy, delta.policy)
     obsolete = _deletes(delta.policy) + tuple(copies)
@@ -129,6 +136,26 @@ class Moves:
             elif between == number(old):
                 early[key] = new
         return early, late
+
+    def prefixes(
+        self,
+        changes: Mapping[records.PrefixKey, Change[records.Prefix]],
+        desired: Mapping[records.PrefixKey, records.Prefix],
+    ) -> tuple[dict[records.PrefixKey, records.Prefix], dict[records.PrefixKey, records.Prefix]]:
+        """As `split`, with what comes first, the longest before others."""
+        if all(old is not None and new is not None for old, new in changes.values()):
+            return self.split(changes, _prefix_class)
+        known = {key: change.old for key, change in changes.items() if change.old is not None}
+        before = {key: row for key, row in desired.items() if key not in changes} | known
+        around = {True: _Around(before), False: _Around(desired)}
+        moved = {
+            key: Change(old or around[True].row(key), new or around[False].row(key))
+            for key, (old, new) in changes.items()
+        }
+        early, late = self.split(moved, _prefix_class)
+        coming = sorted(changes.keys() - before.keys(), key=lambda key: key.bits, reverse=True)
+        first = {key: early.get(key) or moved[key].old for key in coming}
+        return {key: row for key, row in first.items() if row is not None} | early, late
 
     def endpoints(
         self, changes: Mapping[Addr, Change[records.Endpoint]]
@@ -199,6 +226,23 @@ class Moves:
                 if policy.rows.get(copy) is None:
                     copies[copy] = verdict
         return copies
+
+
+class _Around:
+    """Longest prefixes around others, in one state of the table."""
+
+    def __init__(self, rows: Mapping[records.PrefixKey, records.Prefix]) -> None:
+        self._rows = rows
+        self._lengths = sorted({key.bits for key in rows}, reverse=True)
+
+    def row(self, key: records.PrefixKey) -> records.Prefix:
+        """What addresses in the prefix get that are in no longer one."""
+        for bits in self._lengths:
+            if bits < key.bits:
+                row = self._rows.get(records.PrefixKey(bits, cidr(key.address, bits).address))
+                if row is not None:
+                    return row
+        return records.Prefix(CLASS_WORLD)
 
 
 def _with_class(row: V, number: int) -> V:

@@ -223,7 +223,8 @@ class Reconciler:
         self, due: list[str], delta: Delta, retired: Mapping[str, frozenset[int]]
     ) -> None:
         numbers = self.projection.class_numbers
-        made = plan(delta, numbers, self.projection.policy)
+        prefixes = self.projection.table("prefixes").rows
+        made = plan(delta, numbers, self.projection.policy, prefixes)
         for group in due:
             ops = getattr(made, group)
             outcome = await asyncio.to_thread(apply_group, ops, self.tables) if ops else Outcome()
