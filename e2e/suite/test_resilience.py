@@ -129,6 +129,16 @@ def everything(cluster: World) -> None:
     kill_api_server(cluster)
 
 
+def ready_since() -> dict[str, str]:
+    """When each node last changed between Ready and not: with a node, all its pods do."""
+    return {
+        item["metadata"]["name"]: condition["lastTransitionTime"]
+        for item in get("nodes")["items"]
+        for condition in item["status"]["conditions"]
+        if condition["type"] == "Ready" and condition["status"] == "True"
+    }
+
+
 def wait_until_recovered(cluster: World) -> None:
     """All of Weir is ready, and a change gets through the whole chain."""
 
@@ -163,11 +173,13 @@ def test_killed_parts_cost_no_packet(
     guest = cluster["guest-1"]
     found = guest.call("until", target=target, want="timeout", deadline=PROPAGATION_S)
     assert found.get("error") == "timeout", found
+    since = ready_since()
     with under_traffic(cluster):
         intruder = guest.flow("connect", host, TCP, 0.05)
         fault(cluster)
         time.sleep(2)  # the time without the part is what is tested
         wait_until_recovered(cluster)
+    assert ready_since() == since
     assert eventually(intruder.stop, bool, 10, "the intruder's count")["received"] == 0
     objects.apply(policy(cluster.a, "guests", {"app": "web"}, ingress=[{}]))
     found = guest.call("until", target=target, want="answer", deadline=10)
@@ -181,7 +193,7 @@ def test_an_upgrade_costs_no_packet(cluster: World) -> None:
         pytest.skip("only the local cluster's release may be changed")
     helm = [program("helm"), f"--kubeconfig={kubeconfig()}", f"--namespace={cluster.weir}"]
     upgrade = [*helm, "upgrade", "weir", str(REPOSITORY / "charts" / "weir"), "--reuse-values"]
-    before = ages(cluster)
+    before, since = ages(cluster), ready_since()
     values = json.loads(run([*helm, "get", "values", "weir", "--all", "--output=json"]))
     changed = 200 if values["agent"]["resyncSeconds"] != 200 else 300
     level = "debug" if values["logLevel"] != "debug" else "info"
@@ -189,6 +201,7 @@ def test_an_upgrade_costs_no_packet(cluster: World) -> None:
         changes = [f"--set=agent.resyncSeconds={changed}", f"--set=logLevel={level}"]
         run([*upgrade, *changes, "--wait", "--timeout=3m"])
         wait_until_recovered(cluster)
+    assert ready_since() == since
     assert not set(before) & set(ages(cluster)), "some of Weir's pods were not replaced"
 
 

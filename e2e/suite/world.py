@@ -59,11 +59,7 @@ def build() -> World:
     """Create everything and wait until it answers. Earlier runs' leftovers are deleted first."""
     kubectl("delete", "namespaces", f"--selector={LABEL}", "--ignore-not-found", "--wait=false")
     weir, image = installation()
-    names = tuple(
-        item["metadata"]["name"]
-        for item in get("nodes")["items"]
-        if not any(t["effect"] == "NoSchedule" for t in item["spec"].get("taints", []))
-    )
+    names = eventually(schedulable, bool, 60, "a node that takes pods")
     one, two = names[0], names[min(1, len(names) - 1)]
     run = secrets.token_hex(3)
     a, b = f"weir-e2e-{run}-a", f"weir-e2e-{run}-b"
@@ -84,6 +80,18 @@ def build() -> World:
     families = tuple(sorted({6 if ":" in x else 4 for x in probes["web-1"].addresses}))
     services = {name: cluster_ips(a, name) for name in ("web", "empty")}
     return World(weir, image, a, b, names, families, probes, services)
+
+
+def schedulable() -> tuple[str, ...]:
+    """Nodes that take pods; none while a node is not ready, so that a run has all of them."""
+    items = get("nodes")["items"]
+    if not all(map(is_ready, items)):
+        return ()
+    return tuple(
+        item["metadata"]["name"]
+        for item in items
+        if not any(t["effect"] == "NoSchedule" for t in item["spec"].get("taints", []))
+    )
 
 
 def namespace(name: str, **labels: str) -> Manifest:

@@ -123,7 +123,9 @@ class CniService:
             logger.exception("%s failed", request)
             unexpected = CniError(f"internal error: {failure}", details=type(failure).__name__)
             return protocol.error(unexpected, request.version)
-        logger.info("%s done", request)
+        # the runtime asks STATUS every few seconds
+        usual = logging.DEBUG if request.command is Command.STATUS else logging.INFO
+        logger.log(usual, "%s done", request)
         return reply
 
     async def _dispatch(self, request: CniRequest) -> CniReply:
