@@ -49,7 +49,7 @@ def run(command: list[str], cwd: Path = ROOT) -> None:
 
 
 def multiarch_include() -> list[str]:
-    """Debian keeps <asm/types.h> in a folder per architecture, which -target bpf does not search."""
+    """Debian keeps <asm/types.h> in a folder that -target bpf does not search."""
     cc = shutil.which("gcc") or shutil.which("cc")
     if cc is None:
         return []
