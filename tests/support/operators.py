@@ -19,6 +19,8 @@ from cryptography.x509.oid import NameOID
 from weir.api.v1 import weir_pb2 as pb
 from weir.api.v1 import weir_pb2_grpc
 
+BATCH = 10  # resources in an update: most snapshots of tests come in several
+
 
 def certificate(name: str = "weir-operator") -> tuple[bytes, bytes]:
     """(key, certificate) in PEM; self-signed, so it is its own CA."""
@@ -122,23 +124,16 @@ class ScriptedOperator(weir_pb2_grpc.DistributionServicer):
             self.tokens.append(str(metadata.get("authorization", "")))
             if (hello.instance, hello.revision) != (self.instance, self.revision):
                 names = list(self.resources.values())
-                half = len(names) // 2
-                updates.put(
-                    pb.Update(
-                        instance=self.instance,
-                        revision=self.revision,
-                        snapshot_begins=True,
-                        resources=names[:half],
+                for at in range(0, len(names) or 1, BATCH):
+                    updates.put(
+                        pb.Update(
+                            instance=self.instance,
+                            revision=self.revision,
+                            snapshot_begins=at == 0,
+                            snapshot_ends=at + BATCH >= len(names),
+                            resources=names[at : at + BATCH],
+                        )
                     )
-                )
-                updates.put(
-                    pb.Update(
-                        instance=self.instance,
-                        revision=self.revision,
-                        snapshot_ends=True,
-                        resources=names[half:],
-                    )
-                )
             self._streams.append(updates)
         threading.Thread(target=self._listen, args=(request_iterator,), daemon=True).start()
         context.add_callback(lambda: updates.put(None))

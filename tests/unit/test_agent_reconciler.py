@@ -20,7 +20,6 @@ from weir.agent.resources import (
     Selector,
     ServicePort,
     Slice,
-    SliceEndpoint,
     WireClass,
     WireSelector,
 )
@@ -91,10 +90,10 @@ ISOLATED = world(p=Policy("a", True, False, (Rule(False, frozenset("b")),)))
 
 def service(name: str, *backends: str, vip: Addr = VIP) -> dict[str, Resource | None]:
     port = ServicePort("p", 6, 80)
-    ready = tuple(SliceEndpoint(parse(text), True, True, False) for text in backends)
+    ready = b"".join(parse(text) for text in backends)
     return {
         f"service/ns/{name}": resources.Service("ns", name, (vip,), (port,)),
-        f"slice/ns/{name}": Slice("ns", name, (ServicePort("p", 6, 8080),), ready),
+        f"slice/ns/{name}": Slice("ns", name, (ServicePort("p", 6, 8080),), ready, b""),
     }
 
 
@@ -291,12 +290,10 @@ async def test_a_restart_adopts_services_and_moves_nothing() -> None:
 async def test_a_service_without_ready_endpoints_uses_draining_ones_then_refuses() -> None:
     bench = Bench()
     await ready(bench)
-    draining = SliceEndpoint(parse("10.0.0.1"), False, True, True)
-    unready = SliceEndpoint(parse("10.0.0.2"), False, False, False)
     port = (ServicePort("p", 6, 8080),)
     bench.projection.apply(service("web"))
-    for endpoints, count in (((unready,), 0), ((draining, unready), 1)):
-        bench.projection.apply({"slice/ns/web": Slice("ns", "web", port, endpoints)})
+    for draining, count in ((b"", 0), (parse("10.0.0.1"), 1)):
+        bench.projection.apply({"slice/ns/web": Slice("ns", "web", port, b"", draining)})
         await bench.round()
         (row,) = bench.tables["services"].rows.values()
         assert row.count == count

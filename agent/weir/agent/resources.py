@@ -7,13 +7,15 @@ shapes are checked here, because what comes over the wire is not trusted.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NewType
 
 from google.protobuf.message import DecodeError
 
 from weir.agent.errors import BadResource
-from weir.api.address import Addr, Cidr, is_ipv4
+from weir.api.address import Addr, Cidr
 from weir.api.v1 import weir_pb2
 
 WireSelector = NewType("WireSelector", int)
@@ -38,19 +40,15 @@ class Service:
 
 
 @dataclass(frozen=True, slots=True)
-class SliceEndpoint:
-    address: Addr
-    ready: bool
-    serving: bool
-    terminating: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Slice:
+    """ready, draining (serving though terminating): 16 bytes an address, back to back, as there
+    are hundreds of thousands of them. Other endpoints are of no use to anybody."""
+
     namespace: str
     service: str
     ports: tuple[ServicePort, ...]
-    endpoints: tuple[SliceEndpoint, ...]
+    ready: bytes
+    draining: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,18 +228,35 @@ def _port(port: int, protocol: int) -> int:
     return port
 
 
+@lru_cache(maxsize=256)
+def _shared(ports: tuple[ServicePort, ...]) -> tuple[ServicePort, ...]:
+    """One tuple for all that are equal: most services have the ports of many others."""
+    return ports
+
+
 def _service(message: weir_pb2.Service) -> Service:
     ports = tuple(ServicePort(p.name, p.protocol, _port(p.port, p.protocol)) for p in message.ports)
-    return Service(message.namespace, message.name, _addrs(message.cluster_ips), ports)
+    return Service(
+        sys.intern(message.namespace), message.name, _addrs(message.cluster_ips), _shared(ports)
+    )
 
 
 def _slice(message: weir_pb2.Slice) -> Slice:
     ports = tuple(ServicePort(p.name, p.protocol, _port(p.port, p.protocol)) for p in message.ports)
-    endpoints = tuple(
-        SliceEndpoint(_addr(e.address), e.ready, e.serving, e.terminating)
-        for e in message.endpoints
+    ready, draining = [], []
+    for endpoint in message.endpoints:
+        addr = _addr(endpoint.address)
+        if endpoint.ready:
+            ready.append(addr)
+        elif endpoint.serving and endpoint.terminating:
+            draining.append(addr)
+    return Slice(
+        sys.intern(message.namespace),
+        message.service,
+        _shared(ports),
+        b"".join(ready),
+        b"".join(draining),
     )
-    return Slice(message.namespace, message.service, ports, endpoints)
 
 
 def _class(message: weir_pb2.Class) -> Class:
@@ -275,12 +290,3 @@ def _policy(message: weir_pb2.Policy) -> Policy:
     )
     subject = WireSelector(message.subject)
     return Policy(message.namespace, message.name, subject, message.ingress, message.egress, rules)
-
-
-def full_length(addr: Addr) -> Cidr:
-    """The prefix that is exactly this address."""
-    return Cidr(addr, 128)
-
-
-def same_family(first: Addr, second: Addr) -> bool:
-    return is_ipv4(first) == is_ipv4(second)

@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+K_key = TypeVar("K_key", bound=Hashable)
+V_co = TypeVar("V_co", covariant=True)
 
 
 class Change(NamedTuple, Generic[V]):
@@ -18,6 +20,17 @@ class Change(NamedTuple, Generic[V]):
 
     old: V | None
     new: V | None
+
+
+class RowsLike(Protocol[K_key, V_co]):
+    """What the reconciler and the views need of a map's desired rows."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    @property
+    def rows(self) -> Mapping[K_key, V_co]: ...
 
 
 class Rows(Generic[K, V]):
@@ -42,11 +55,6 @@ class Rows(Generic[K, V]):
             return
         self._changed.setdefault(key, old)
         self._rows[key] = row
-
-    def add(self, rows: Mapping[K, V]) -> None:
-        """Rows whose keys were never there before, at the cost of a copy."""
-        self._rows.update(rows)
-        self._changed.update(dict.fromkeys(rows))
 
     def drop(self, key: K) -> None:
         old = self._rows.pop(key, None)

@@ -9,11 +9,13 @@ kube-proxy does); without those the row says count 0, which refuses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
-from weir.agent.resources import Service, ServicePort, Slice, same_family
+from weir.agent.backends import ADDRESS_BYTES, SLOT_BYTES, BackendRows, pack, split, unpack
+from weir.agent.resources import Service, ServicePort, Slice
 from weir.agent.rows import Rows
-from weir.api.address import Addr
+from weir.api.address import Addr, is_ipv4
 from weir.datapath import records
 
 SCOPE_CLUSTER = 0
@@ -22,6 +24,7 @@ ID_LIMIT = 1 << 32
 ID_GAP = 1 << 16
 
 ServiceName = tuple[str, str]
+T = TypeVar("T", bound=Hashable)
 
 
 class ServiceTables:
@@ -29,15 +32,14 @@ class ServiceTables:
 
     def __init__(self) -> None:
         self.services: Rows[records.ServiceKey, records.Service] = Rows("services")
-        self.backends: Rows[records.BackendKey, records.Backend] = Rows("backends")
+        self.backends = BackendRows()
         self._services: dict[ServiceName, Service] = {}
         self._slices: dict[str, Slice] = {}
         self._slices_of: dict[ServiceName, dict[str, None]] = {}
         self._keys: dict[ServiceName, tuple[records.ServiceKey, ...]] = {}
         self._owner: dict[records.ServiceKey, ServiceName] = {}
-        self._claims: dict[records.ServiceKey, list[ServiceName]] = {}
-        self._current: dict[records.ServiceKey, tuple[int, tuple[records.Backend, ...]]] = {}
-        self._adoptable: dict[records.ServiceKey, tuple[int, tuple[records.Backend, ...]]] = {}
+        self._waiting: dict[records.ServiceKey, list[ServiceName]] = {}
+        self._adoptable: dict[records.ServiceKey, tuple[int, bytes]] = {}
         self._next_id = 1
         self._dirty: set[ServiceName] = set()
 
@@ -79,7 +81,7 @@ class ServiceTables:
             slots = [backends.get(records.BackendKey(row.id, slot)) for slot in range(row.count)]
             known = tuple(slot for slot in slots if slot is not None)
             if len(known) == row.count:
-                self._adoptable[key] = (row.id, known)
+                self._adoptable[key] = (row.id, pack(known))
         highest = max((row.id for row in services.values()), default=0)
         highest = max(highest, max((key.service for key in backends), default=0))
         if highest:
@@ -99,8 +101,8 @@ class ServiceTables:
         return self._owner.get(key)
 
     def owner_of_backend(self, key: records.BackendKey) -> str:
-        for service_key, (number, _) in self._current.items():
-            if number == key.service:
+        for service_key, row in self.services.rows.items():
+            if row.id == key.service:
                 return "/".join(self._owner.get(service_key, ("?", "?")))
         return f"service id {key.service}"
 
@@ -114,11 +116,12 @@ class ServiceTables:
                         yield name, port, key
 
     def backends_of(self, key: records.ServiceKey) -> tuple[records.Backend, ...]:
-        return self._current[key][1] if key in self._current else ()
+        row = self.services.get(key)
+        return tuple(unpack(self.backends.slots(row.id))) if row is not None else ()
 
     def _project(self, name: ServiceName) -> None:
         service = self._services.get(name)
-        wanted: dict[records.ServiceKey, tuple[records.Backend, ...]] = {}
+        wanted: dict[records.ServiceKey, list[bytes]] = {}
         if service is not None:
             slices = [self._slices[resource] for resource in self._slices_of.get(name, ())]
             for port in service.ports:
@@ -137,77 +140,66 @@ class ServiceTables:
 
     def _endpoints(
         self, port: ServicePort, slices: Iterable[Slice], cluster_ip: Addr
-    ) -> tuple[records.Backend, ...]:
+    ) -> list[bytes]:
         """Those of the cluster IP's family: what the other family has ready is no use to it."""
-        ready: dict[records.Backend, None] = {}
-        draining: dict[records.Backend, None] = {}
+        ready: dict[bytes, None] = {}
+        draining: dict[bytes, None] = {}
+        ipv4 = is_ipv4(cluster_ip)
         for item in slices:
             for slice_port in item.ports:
                 if slice_port.name != port.name or slice_port.protocol != port.protocol:
                     continue
-                for endpoint in item.endpoints:
-                    if not same_family(endpoint.address, cluster_ip):
-                        continue
-                    backend = records.Backend(endpoint.address, slice_port.port)
-                    if endpoint.ready:
-                        ready[backend] = None
-                    elif endpoint.serving and endpoint.terminating:
-                        draining[backend] = None
-        return tuple(ready or draining)
+                suffix = slice_port.port.to_bytes(2)
+                for found, addresses in ((ready, item.ready), (draining, item.draining)):
+                    for at in range(0, len(addresses), ADDRESS_BYTES):
+                        addr = Addr(addresses[at : at + ADDRESS_BYTES])
+                        if is_ipv4(addr) == ipv4:
+                            found[addr + suffix] = None
+        return list(ready or draining)
 
-    def _claim(
-        self,
-        key: records.ServiceKey,
-        name: ServiceName,
-        wanted: tuple[records.Backend, ...],
-    ) -> None:
+    def _claim(self, key: records.ServiceKey, name: ServiceName, wanted: list[bytes]) -> None:
         """The first service to claim an address and port has it; others wait for it to go."""
-        claims = self._claims.setdefault(key, [])
-        if name not in claims:
-            claims.append(name)
-        if claims[0] != name:
+        if self._owner.setdefault(key, name) == name:
+            self._publish(key, wanted)
             return
-        self._owner[key] = name
-        self._publish(key, wanted)
+        waiting = self._waiting.setdefault(key, [])
+        if name not in waiting:
+            waiting.append(name)
 
     def _disclaim(self, key: records.ServiceKey, name: ServiceName) -> None:
-        claims = self._claims.get(key, [])
-        if name in claims:
-            claims.remove(name)
-        if self._owner.get(key) != name:
-            return
-        del self._owner[key]
-        if claims:
-            self._dirty.add(claims[0])
-            self._project(claims[0])
-            return
-        self._claims.pop(key, None)
-        self._retract(key)
+        waiting = self._waiting.get(key, [])
+        if name in waiting:
+            waiting.remove(name)
+        elif waiting:
+            self._owner[key] = waiting.pop(0)
+            self._project(self._owner[key])
+        else:
+            del self._owner[key]
+            self._retract(key)
+        if not waiting:
+            self._waiting.pop(key, None)
 
-    def _publish(self, key: records.ServiceKey, wanted: tuple[records.Backend, ...]) -> None:
-        current = self._current.get(key)
-        number, slots = current or self._adoptable.pop(key, (0, ()))
-        order = stable_order(slots, wanted)
+    def _publish(self, key: records.ServiceKey, wanted: list[bytes]) -> None:
+        current = self.services.get(key)
         if current is not None:
-            if order == slots:
+            number, slots = current.id, self.backends.slots(current.id)
+        else:
+            number, slots = self._adoptable.pop(key, (0, b""))
+        packed = b"".join(stable_order(split(slots), wanted))
+        if current is not None:
+            if packed == slots:
                 return
-            self._drop_slots(number, len(slots))
-        if not number or order != slots:
+            self.backends.drop(number)
+        if not number or packed != slots:
             number = self._fresh_id()
-        self._current[key] = (number, order)
-        self.backends.add(
-            {records.BackendKey(number, slot): backend for slot, backend in enumerate(order)}
-        )
-        self.services.put(key, records.Service(number, len(order), 0, 0))
+        self.backends.put(number, packed)
+        self.services.put(key, records.Service(number, len(packed) // SLOT_BYTES, 0, 0))
 
     def _retract(self, key: records.ServiceKey) -> None:
-        number, slots = self._current.pop(key)
-        self.services.drop(key)
-        self._drop_slots(number, len(slots))
-
-    def _drop_slots(self, number: int, count: int) -> None:
-        for slot in range(count):
-            self.backends.drop(records.BackendKey(number, slot))
+        row = self.services.get(key)
+        if row is not None:
+            self.services.drop(key)
+            self.backends.drop(row.id)
 
     def _fresh_id(self) -> int:
         number = self._next_id
@@ -215,9 +207,7 @@ class ServiceTables:
         return number
 
 
-def stable_order(
-    slots: tuple[records.Backend, ...], wanted: tuple[records.Backend, ...]
-) -> tuple[records.Backend, ...]:
+def stable_order(slots: Sequence[T], wanted: Sequence[T]) -> Sequence[T]:
     """`wanted` in an order that moves as few of `slots` as possible: newcomers take the slots of
     those that left, and the last ones move into slots that stay empty."""
     if not slots:
@@ -231,5 +221,4 @@ def stable_order(
     result += newcomers
     length = len(members)
     tail = [backend for backend in result[length:] if backend is not None]
-    head = [backend if backend is not None else tail.pop() for backend in result[:length]]
-    return tuple(head)
+    return [backend if backend is not None else tail.pop() for backend in result[:length]]

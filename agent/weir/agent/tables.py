@@ -27,7 +27,7 @@ from weir.agent.policy import (
 )
 from weir.agent.resources import Resource, WireClass, WireSelector
 from weir.agent.routes import HostRoute, RouteFacts, RouteTables
-from weir.agent.rows import Change, Rows
+from weir.agent.rows import Change, RowsLike
 from weir.agent.services import ServiceTables
 from weir.api.address import Addr, Cidr, text
 from weir.cni.endpoint import LocalEndpoint
@@ -60,7 +60,7 @@ class Projection:
         self.placement = Placement(self.identity, self.policy)
         self.services = ServiceTables()
         self.routes = RouteTables()
-        self._tables: dict[str, Rows[Any, Any]] = {
+        self._tables: dict[str, RowsLike[Any, Any]] = {
             rows.name: rows
             for rows in (
                 self.services.services,
@@ -118,7 +118,7 @@ class Projection:
             routes=self.routes.rows.take(),
         )
 
-    def table(self, name: str) -> Rows[Any, Any]:
+    def table(self, name: str) -> RowsLike[Any, Any]:
         """The desired rows of the map of that name."""
         return self._tables[name]
 
