@@ -46,6 +46,10 @@ build: setup ## compile BPF objects, the libbpf binding, protobuf modules and th
 shim: ## compile the static CNI shim to build/shim/weir
 	@$(MAKE) --no-print-directory -C cni/shim
 
+.PHONY: tools
+tools: setup ## build the programs of others that tests run: helm, cnitool
+	@$(CLUSTER) build helm cnitool
+
 ##@ Checks
 
 .PHONY: lint
@@ -59,12 +63,12 @@ lint: setup ## ruff, mypy, layers, chart, shell scripts
 	git ls-files '*.sh' .ci/run | xargs -r shellcheck
 
 .PHONY: test
-test: setup ## every ring that needs no cluster: unit, bpf, node
+test: tools ## every ring that needs no cluster: unit, bpf, node
 	@hack/require_root.sh "the bpf and node rings load programs and make namespaces"
 	$(VENV)/bin/pytest $(addprefix tests/,$(RINGS)) $(PYTEST_ARGS)
 
 .PHONY: unit
-unit: setup ## the ring that needs no root
+unit: tools ## the ring that needs no root
 	$(VENV)/bin/pytest tests/unit $(PYTEST_ARGS)
 
 .PHONY: e2e

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support.tools import tool
 
 from weir.agent import config as agent_config
 from weir.operator import config as operator_config
@@ -22,18 +21,8 @@ CHART = ROOT / "charts" / "weir"
 Manifest = dict[str, Any]
 
 
-def find_helm() -> str:
-    """From PATH, or where `make cluster` keeps the binaries that it built."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "weir" / "kube"
-    folders = [os.environ.get("KUBE_BIN", ""), *map(str, sorted(cache.glob("*")))]
-    found = shutil.which("helm") or shutil.which("helm", path=os.pathsep.join(folders))
-    if found is None:
-        pytest.skip("no helm: it comes with the binaries that `make cluster` builds")
-    return found
-
-
 def template(*settings: str, version: str = "1.36.1") -> subprocess.CompletedProcess[str]:
-    command = [find_helm(), "template", "weir", str(CHART), "--namespace=weir-system"]
+    command = [tool("helm"), "template", "weir", str(CHART), "--namespace=weir-system"]
     command += [f"--kube-version={version}", *(f"--set-json={setting}" for setting in settings)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -72,7 +61,7 @@ def config(manifests: dict[tuple[str, str], Manifest], name: str) -> Manifest:
 
 def test_lint() -> None:
     done = subprocess.run(
-        [find_helm(), "lint", "--strict", str(CHART)], capture_output=True, text=True, check=False
+        [tool("helm"), "lint", "--strict", str(CHART)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
