@@ -28,6 +28,7 @@ from typing import Any
 
 import pytest
 from support.namespaces import NetNs, run
+from support.tools import tool
 
 from weir.cni.endpoint import host_ifname
 from weir.cni.journal import decode
