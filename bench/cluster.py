@@ -71,7 +71,12 @@ def require_up() -> None:
 
 def pod_manifest(name: str, node: str) -> dict[str, Any]:
     command = ["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 1; done"]
-    container = {"name": "load", "image": IMAGE, "command": command}
+    container = {
+        "name": "load",
+        "image": IMAGE,
+        "command": command,
+        "securityContext": {"capabilities": {"add": ["SYS_NICE"]}},  # load.c asks for it
+    }
     spec = {"nodeName": node, "containers": [container], "terminationGracePeriodSeconds": 1}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}
 
@@ -227,7 +232,12 @@ async def _create(names: Sequence[str], addr: str, path: Path) -> None:
 def create_services(names: Sequence[str], addr: str) -> None:
     """Services without a selector, each with an EndpointSlice of one endpoint."""
     with api_socket() as path:
-        asyncio.run(_create(names, addr, path))
+        try:
+            asyncio.run(_create(names, addr, path))
+        except aiohttp.ClientError as error:
+            raise BenchError(
+                f"the API server went away while Services were made: {error}"
+            ) from error
 
 
 def cluster_ip(name: str) -> str:
