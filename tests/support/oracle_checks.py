@@ -106,12 +106,21 @@ class Checker:
         for vip in (f"{net}{last}" for net in ("10.96.0.", "fd00:96::") for last in (10, 11, 12)):
             for protocol, port in sorted(SERVED):
                 targets = oracle.backends(vip, protocol, port)
-                if targets is None:
-                    continue
                 clients = [ip for ip in self._node.local() if version(ip) == version(vip)]
+                if targets is None:
+                    self._unserved(clients, (vip, protocol, port))
+                    continue
                 for client in self._rng.sample(clients, min(2, len(clients))):
                     for _ in range(2):
                         self._service(oracle, client, (vip, protocol, port), targets)
+
+    def _unserved(self, clients: list[str], at: tuple[str, str, int]) -> None:
+        """Nobody's: a packet goes on as it is, or not at all."""
+        for client in clients[:1]:
+            seen = self._node.send(self._node.flow(client, *at))
+            self.counts["unserved"] += 1
+            if seen.passed and (ends(seen.packet)[:2] != (client, at[0])):
+                raise Difference(f"{client} → {at}, no Service's: became {ends(seen.packet)}")
 
     def _service(
         self, oracle: Oracle, client: str, at: tuple[str, str, int], targets: set[tuple[str, int]]

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable
 from random import Random
 
-from support.oracle import Cluster, Json, Name, pod_addresses
+from support.oracle import HEADLESS, OTHER_PROXY, Cluster, Json, Name, pod_addresses
 
 # What happens, kind, namespace, name, content.
 Action = tuple[str, str, str, str, Json]
@@ -113,6 +113,7 @@ SERVICE_PORTS: list[list[Json]] = [
     [{"name": "t", "port": 80}, {"name": "s", "port": 443}],
     [{"name": "u", "port": 53, "protocol": "UDP"}, {"name": "t", "port": 53, "protocol": "TCP"}],
 ]
+UNSERVED = [OTHER_PROXY, HEADLESS]
 SLICE_PORTS = [80, 8080, 53, 443]
 
 
@@ -217,7 +218,8 @@ def some_service(rng: Random, name: str) -> Json:
     vips = [f"10.96.0.{last}" if family == 4 else f"fd00:96::{last}" for family in families]
     spec: Json = {"ports": rng.choice(SERVICE_PORTS), "clusterIPs": vips or ["None"]}
     spec["clusterIP"] = spec["clusterIPs"][0]
-    return {"spec": spec}
+    labels = {rng.choice(UNSERVED): rng.choice(["", "mesh"])} if rng.random() < 0.1 else {}
+    return {"metadata": {"labels": labels}, "spec": spec}
 
 
 def some_slice(rng: Random, name: str) -> Json:
@@ -230,7 +232,8 @@ def some_slice(rng: Random, name: str) -> Json:
         number = rng.randint(2, 7)
         ip = cidr[:-1] + str(number) if family == 4 else f"{cidr}{number}"
         if rng.random() < 0.15:
-            ip = rng.choice([ip for ip in OUTSIDE if (":" in ip) == (family == 6)])
+            others = OUTSIDE + [ip for ips, _ in NODES.values() for ip in ips]
+            ip = rng.choice([ip for ip in others if (":" in ip) == (family == 6)])
         conditions = rng.choice(
             [
                 {"ready": True, "serving": True, "terminating": False},

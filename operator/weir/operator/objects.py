@@ -17,6 +17,8 @@ from weir.api.address import Addr, Cidr, parse, parse_cidr
 from weir.operator import wire
 
 PROTOCOLS = {"TCP": 6, "UDP": 17, "SCTP": 132}
+# Labels, with any value, of Services that another proxy serves or that nobody is to.
+NOT_OURS = frozenset({"service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,11 @@ def parse_service(raw: wire.Service) -> Parsed[Service]:
     spec = raw.spec
     texts = spec.cluster_ips or ([spec.cluster_ip] if spec.cluster_ip else [])
     texts = [text for text in texts if text and text != "None"]
-    if spec.type == "ExternalName" or not texts:
+    if (
+        spec.type == "ExternalName"
+        or not texts
+        or not NOT_OURS.isdisjoint(raw.metadata.labels or ())
+    ):
         return Parsed(Service(key_of(raw.metadata), (), ()))
     if not spec.ports:
         problems.append(Problem("spec.ports", "a Service with a cluster IP needs a port"))
