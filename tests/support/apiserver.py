@@ -26,6 +26,7 @@ class Faults:
 
     lists: deque[int | None] = field(default_factory=deque)
     watches: deque[int] = field(default_factory=deque)
+    writes: deque[int | None] = field(default_factory=deque)
     page_seconds: float = 0.0
 
 
@@ -114,15 +115,19 @@ class FakeApi:
         return await self._store(request)
 
     async def _store(self, request: web.Request) -> web.Response:
-        """GET, POST and PUT of single objects, with the API server's rules about conflicts."""
+        """GET, POST, PUT, PATCH of single objects, with the API server's rules on conflicts."""
         if request.method == "GET":
             if request.path not in self.stored:
                 return self._status(404, "NotFound")
             return web.json_response(self.stored[request.path])
         body = await request.json()
+        if self.faults.writes and (fault := self.faults.writes.popleft()):
+            return self._status(fault, "scripted")
         if request.path in self.answers:
             return web.json_response(self.answers[request.path])
         path = request.path
+        if request.method == "PATCH":
+            return self._patch(path, body)
         if request.method == "POST":
             path += "/" + body["metadata"]["name"]
             if path in self.stored:
@@ -135,6 +140,21 @@ class FakeApi:
         body["metadata"]["resourceVersion"] = str(self.version)
         self.stored[path] = body
         return web.json_response(body)
+
+    def _patch(self, path: str, body: Json) -> web.Response:
+        """A merge patch: of maps in maps, to `PATH/status` too."""
+        at = path.removesuffix("/status")
+        if at not in self.stored:
+            return self._status(404, "NotFound")
+        known = self.stored[at]
+        version = body.get("metadata", {}).get("resourceVersion", "")
+        if version and version != known["metadata"]["resourceVersion"]:
+            return self._status(409, "Conflict")
+        for field_name in ("spec", "status"):
+            known.setdefault(field_name, {}).update(body.get(field_name, {}))
+        self.version += 1
+        known["metadata"]["resourceVersion"] = str(self.version)
+        return web.json_response(known)
 
     async def _list(self, request: web.Request) -> web.Response:
         await asyncio.sleep(self.faults.page_seconds)

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 # In the order of the first compilation.
 ORDER = ("Namespace", "NetworkPolicy", "Node", "Pod", "Service", "EndpointSlice")
+PROBLEMS_LOGGED = 5  # of one object at a time
 YIELD_EVERY = 500  # objects of the first compilation between turns for others
 
 
@@ -60,9 +61,13 @@ class Model:
             objects[key] = new
 
     def problems(self, kind: str, key: Key, problems: tuple[Problem, ...]) -> None:
-        for problem in problems:
-            self.problem_count += 1
-            logger.warning("%s %s: %s: %s", kind, key, problem.field or "object", problem.message)
+        self.problem_count += len(problems)
+        for problem in problems[:PROBLEMS_LOGGED]:
+            text = problem.message[:500]
+            logger.warning("%s %s: %s: %s", kind, key, problem.field or "object", text)
+        if len(problems) > PROBLEMS_LOGGED:
+            more = len(problems) - PROBLEMS_LOGGED
+            logger.warning("%s %s: and %d more problems", kind, key, more)
 
     def synced(self, kind: str) -> None:
         self._synced.add(kind)

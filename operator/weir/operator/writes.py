@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the operator writes to objects: Events that name problems, and nodes' readiness.
 
-Callers only say what ought to be so; one task does it, again until it is done. What is said
-twice is done once: an Event's name is made of the object's uid, generation and the problem, so
-neither a restart nor the other replica posts it again.
+Callers only say what ought to be so; it is tried until it is done. Nodes do not wait behind
+Events: ten thousand bad objects are posted at a bounded rate, the latest state of each, the
+first few problems of each. What is said twice is done once: an Event's name is made of the
+object's uid, generation and the problem, so neither a restart nor the other replica posts it
+again.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import asyncio
 import datetime
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -26,7 +28,8 @@ logger = logging.getLogger(__name__)
 TAINT = "node.weir.dev/agent-not-ready"
 RETRY_SECONDS = 1.0
 RETRY_MOST_SECONDS = 30.0
-ATTEMPTS = 20
+EVENT_SECONDS = 0.05  # between two Events: they are for people, the API server is for all
+EVENTS_AN_OBJECT = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +43,6 @@ class Reference:
     uid: str
     resource_version: str
     generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class PostEvent:
-    about: Reference
-    problem: Problem
-
-
-@dataclass(frozen=True, slots=True)
-class MarkReady:
-    """The node's agent is ready: pods may come."""
-
-    node: str
-
-
-Write = PostEvent | MarkReady
 
 
 class _Taint(Struct, omit_defaults=True):
@@ -88,75 +75,117 @@ class _Node(Struct):
     status: _NodeStatus = msgspec.field(default_factory=_NodeStatus)
 
 
+# An object, whatever its generation.
+_Object = tuple[str, str, str]
+
+
 @dataclass(slots=True)
 class Writer:
     """Runs until cancelled."""
 
     api: Api
     identity: str
-    _wanted: dict[Write, int] = field(default_factory=dict)  # attempts so far
-    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    event_seconds: float = EVENT_SECONDS
+    retry_seconds: float = RETRY_SECONDS
+    _nodes: dict[str, None] = field(default_factory=dict)
+    _events: dict[_Object, tuple[Reference, tuple[Problem, ...]]] = field(default_factory=dict)
+    _node_news: asyncio.Event = field(default_factory=asyncio.Event)
+    _event_news: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def report(self, about: Reference, problems: Iterable[Problem]) -> None:
-        for problem in problems:
-            self._want(PostEvent(about, problem))
+    def report(self, about: Reference, problems: Sequence[Problem]) -> None:
+        """Of an object that waits already, only the latest state counts."""
+        told = tuple(problems[:EVENTS_AN_OBJECT])
+        if len(problems) > len(told):
+            told += (Problem("", f"and {len(problems) - len(told)} more problems"),)
+        if told:
+            self._events[about.kind, about.namespace, about.name] = (about, told)
+            self._event_news.set()
 
     def mark_ready(self, node: str) -> None:
-        self._want(MarkReady(node))
+        """The node's agent is ready: pods may come."""
+        self._nodes[node] = None
+        self._node_news.set()
 
-    def _want(self, write: Write) -> None:
-        self._wanted.setdefault(write, 0)
-        self._news.set()
+    @property
+    def waiting(self) -> int:
+        return len(self._nodes) + len(self._events)
 
     async def run(self) -> None:
-        delay = RETRY_SECONDS
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._run_nodes(), name="writes to nodes")
+            group.create_task(self._run_events(), name="Events")
+
+    async def _run_nodes(self) -> None:
+        delay = self.retry_seconds
         while True:
-            await self._news.wait()
-            self._news.clear()
-            for write in list(self._wanted):
-                await self._try(write)
-            if self._wanted:
-                self._news.set()
+            await self._node_news.wait()
+            self._node_news.clear()
+            # Out before the attempt: who asks again meanwhile has seen something newer.
+            nodes, self._nodes = self._nodes, {}
+            failed = [node for node in nodes if not await self._try_node(node)]
+            if failed:
+                self._nodes |= dict.fromkeys(failed)
+                self._node_news.set()
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, RETRY_MOST_SECONDS)
             else:
-                delay = RETRY_SECONDS
+                delay = self.retry_seconds
 
-    async def _try(self, write: Write) -> None:
+    async def _try_node(self, node: str) -> bool:
+        """Whether that is done with."""
         try:
-            if isinstance(write, PostEvent):
-                await self._post_event(write)
-            else:
-                await self._mark_ready(write.node)
+            await self._mark_ready(node)
         except ApiError as error:
-            self._wanted[write] += 1
-            for_good = 400 <= error.status < 500 and error.status not in (401, 409, 429)
-            if for_good or self._wanted[write] >= ATTEMPTS:
-                logger.warning("given up: %s", error)
-                del self._wanted[write]
-            else:
+            if not _for_good(error):
                 logger.info("to be tried again: %s", error)
-        else:
-            del self._wanted[write]
+                return False
+            logger.warning("given up: %s", error)
+        return True
 
-    async def _post_event(self, write: PostEvent) -> None:
-        about, problem = write.about, write.problem
+    async def _run_events(self) -> None:
+        delay = self.retry_seconds
+        while True:
+            while not self._events:
+                self._event_news.clear()
+                await self._event_news.wait()
+            which = next(iter(self._events))
+            about, problems = self._events.pop(which)
+            for problem in problems:
+                try:
+                    await self._post_event(about, problem)
+                    delay = self.retry_seconds
+                except ApiError as error:
+                    if _for_good(error):
+                        logger.warning("given up: %s", error)
+                        continue
+                    logger.info("to be tried again: %s", error)
+                    self._events.setdefault(which, (about, problems))
+                    await asyncio.sleep(delay)
+                    delay = min(delay * 2, RETRY_MOST_SECONDS)
+                    break
+                await asyncio.sleep(self.event_seconds)
+
+    async def _post_event(self, about: Reference, problem: Problem) -> None:
         text = f"{problem.field}: {problem.message}" if problem.field else problem.message
         identity = f"{about.uid} {about.generation} {text}"
         digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+        # Events on what has no namespace live in this one, by custom.
+        namespace = about.namespace or "default"
+        involved = {
+            "apiVersion": about.api_version,
+            "kind": about.kind,
+            "name": about.name,
+            "uid": about.uid,
+            "resourceVersion": about.resource_version,
+        }
+        if about.namespace:
+            involved["namespace"] = about.namespace
         body = {
             "apiVersion": "v1",
             "kind": "Event",
-            "metadata": {"name": f"{about.name[:200]}.{digest}", "namespace": about.namespace},
-            "involvedObject": {
-                "apiVersion": about.api_version,
-                "kind": about.kind,
-                "namespace": about.namespace,
-                "name": about.name,
-                "uid": about.uid,
-                "resourceVersion": about.resource_version,
-            },
+            "metadata": {"name": f"{about.name[:200]}.{digest}", "namespace": namespace},
+            "involvedObject": involved,
             "type": "Warning",
             "reason": "Invalid",
             "action": "Compile",
@@ -166,7 +195,7 @@ class Writer:
             "reportingInstance": self.identity[:128],
         }
         try:
-            await self.api.post(f"/api/v1/namespaces/{about.namespace}/events", body)
+            await self.api.post(f"/api/v1/namespaces/{namespace}/events", body)
         except ApiError as error:
             if error.status != 409:
                 raise
@@ -206,3 +235,8 @@ class Writer:
         }
         body = {"status": {"conditions": [condition]}}
         await self.api.patch(f"{path}/status", body, "application/strategic-merge-patch+json")
+
+
+def _for_good(error: ApiError) -> bool:
+    """Trying again would not help: refused, or what it is about is gone."""
+    return 400 <= error.status < 500 and error.status not in (401, 409, 429)
