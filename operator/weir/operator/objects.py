@@ -113,7 +113,7 @@ class Pod:
     ports: tuple[Port, ...]  # the named ones
 
 
-def key_of(meta: wire.Meta) -> Key:
+def key_of(meta: wire.Meta | wire.Identity) -> Key:
     return Key(sys.intern(meta.namespace), meta.name)
 
 
@@ -240,6 +240,8 @@ def parse_node(raw: wire.Node) -> Parsed[Node]:
 
 def parse_pod(raw: wire.Pod) -> Parsed[Pod]:
     problems: list[Problem] = []
+    if not raw.metadata.uid:
+        return Parsed(None, (Problem("metadata.uid", "a pod without a uid"),))
     status = raw.status or wire.PodStatus()
     live = not raw.spec.host_network and status.phase not in ("Succeeded", "Failed")
     texts = [entry.ip for entry in status.pod_ips or [] if entry.ip]

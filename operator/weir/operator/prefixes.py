@@ -9,51 +9,73 @@ such a block gets the range of mapped IPv4 as one more `except`.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from weir.api.address import V4_BITS, V4_PREFIX, Addr, Cidr
 from weir.operator.selectors import IpBlock
 
+FEW = 64  # new values that are put in one by one rather than by sorting all
 ALL_IPV4 = Cidr(Addr(V4_PREFIX + bytes(4)), V4_BITS)
 
 
 class SortedInts:
-    """A set of ints with range queries; sorts when asked, which is cheap as little has changed."""
+    """A set of ints with range queries. A change costs next to nothing; a query sorts in what
+    came since the last, and passes over what went, until that is half of all."""
 
     def __init__(self) -> None:
         self._all: set[int] = set()
-        self._sorted: list[int] = []
-        self._stale = False
+        self._sorted: list[int] = []  # those in `_all` but the new ones, and the gone ones
+        self._new: list[int] = []
+        self._gone: set[int] = set()
 
     def add(self, value: int) -> None:
-        if value not in self._all:
-            self._all.add(value)
-            if not self._stale:
-                self._sorted.append(value)
-                self._stale = len(self._sorted) > 1 and self._sorted[-2] > value
-            else:
-                self._sorted.append(value)
+        if value in self._all:
+            return
+        self._all.add(value)
+        if value in self._gone:
+            self._gone.discard(value)
+        else:
+            self._new.append(value)
 
     def discard(self, value: int) -> None:
         if value in self._all:
             self._all.discard(value)
-            self._stale = True
+            self._gone.add(value)
 
     def between(self, low: int, high: int) -> list[int]:
         """All values from `low` to `high`, both included."""
-        if self._stale:
-            self._sorted.sort()  # runs that are in order already cost next to nothing
-            last: int | None = None
-            kept: list[int] = []
-            for value in self._sorted:
-                if value != last and value in self._all:
-                    kept.append(value)
-                last = value
-            self._sorted = kept
-            self._stale = False
-        return self._sorted[bisect_left(self._sorted, low) : bisect_right(self._sorted, high)]
+        if len(self._gone) > len(self._all):
+            self._sorted = sorted(self._all)
+            self._new, self._gone = [], set()
+        elif len(self._new) <= FEW:
+            for value in self._new:
+                insort(self._sorted, value)
+            self._new = []
+        else:
+            self._sorted += self._new
+            self._sorted.sort()
+            self._new = []
+        found = self._sorted[bisect_left(self._sorted, low) : bisect_right(self._sorted, high)]
+        return [value for value in found if value in self._all] if self._gone else found
+
+
+class Holes:
+    """Ranges within a block: is something wholly in one of them? Two CIDRs never overlap in
+    part, so after those within others are dropped, the last that begins before decides."""
+
+    def __init__(self, cidrs: Iterable[Cidr]) -> None:
+        self._firsts: list[int] = []
+        self._lasts: list[int] = []
+        for first, last in sorted((bounds(cidr) for cidr in cidrs), key=lambda b: (b[0], -b[1])):
+            if not self._lasts or first > self._lasts[-1]:
+                self._firsts.append(first)
+                self._lasts.append(last)
+
+    def cover(self, first: int, last: int) -> bool:
+        at = bisect_right(self._firsts, first) - 1
+        return at >= 0 and last <= self._lasts[at]
 
 
 @dataclass(slots=True, eq=False)
@@ -140,14 +162,14 @@ class PrefixTree:
 
     def _contained(self, cidr: Cidr, excepts: tuple[Cidr, ...]) -> Iterator[Prefix]:
         low, high = bounds(cidr)
-        holes = [bounds(hole) for hole in excepts]
+        holes = Holes(excepts)
         for start in self._starts.between(low, high):
             for bits in self._bits:
                 found = self._by_bits[bits].get(start)
                 if (
                     found is not None
                     and bits >= cidr.bits
-                    and not any(a <= found.first and found.last <= b for a, b in holes)
+                    and not holes.cover(found.first, found.last)
                 ):
                     yield found
 
