@@ -25,6 +25,8 @@ from weir.operator.revisions import Revisions
 logger = logging.getLogger(__name__)
 
 MAX_ADDRESSES = 16
+HELLO_SECONDS = 20.0  # for an agent that was let in to say who it is
+REVIEW_SECONDS = 600.0  # between reviews of the token of a stream that stays
 OPTIONS: list[tuple[str, int]] = [
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -68,6 +70,8 @@ class Distribution:
     synced: asyncio.Event = field(default_factory=asyncio.Event)
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     streams: dict[str, Stream] = field(default_factory=dict)  # the latest of each node
+    review_seconds: float = REVIEW_SECONDS
+    hello_seconds: float = HELLO_SECONDS
 
     def handler(self) -> grpc.GenericRpcHandler[pb.AgentMessage, bytes]:
         method = grpc.stream_stream_rpc_method_handler(
@@ -78,8 +82,12 @@ class Distribution:
         return grpc.method_handlers_generic_handler("weir.v1.Distribution", {"Sync": method})
 
     async def sync(self, _requests: object, context: Context) -> None:
-        identity = await self._identity(context)
-        message = await _next(context)
+        token = await self._token(context)
+        identity = await self._identity(token, context)
+        try:
+            message = await asyncio.wait_for(_next(context), self.hello_seconds)
+        except TimeoutError:
+            message = None
         if message is None or not message.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message is not Hello")
         hello = message.hello
@@ -92,19 +100,25 @@ class Distribution:
         self.streams[stream.node] = stream
         logger.info("%s: stream begins, has %s/%d", stream.node, hello.instance, hello.revision)
         try:
-            await self._serve(stream, hello, context)
+            await self._serve(stream, hello, token, context)
+        except AuthError as error:
+            logger.warning("%s: its token is no good any more: %s", stream.node, error)
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
         finally:
             if self.streams.get(stream.node) is stream:
                 del self.streams[stream.node]
             logger.info("%s: stream ends at revision %d", stream.node, stream.sent)
 
-    async def _identity(self, context: Context) -> Identity:
+    async def _token(self, context: Context) -> str:
         metadata = dict(context.invocation_metadata() or ())
         header = metadata.get("authorization", "")
         text = header.decode("latin-1") if isinstance(header, bytes) else header
         kind, _, token = text.partition(" ")
         if kind != "Bearer" or not token:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no bearer token")
+        return token
+
+    async def _identity(self, token: str, context: Context) -> Identity:
         try:
             return await self.authenticate(token)
         except Unavailable as error:
@@ -113,11 +127,12 @@ class Distribution:
             logger.warning("%s: refused: %s", context.peer(), error)
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
 
-    async def _serve(self, stream: Stream, hello: pb.Hello, context: Context) -> None:
-        """Until the agent hangs up, either side fails, or the operator stops."""
+    async def _serve(self, stream: Stream, hello: pb.Hello, token: str, context: Context) -> None:
+        """Until the agent hangs up, either side fails, its token ends, or the operator stops."""
         tasks = [
             asyncio.create_task(self._read(stream, context), name=f"read {stream.node}"),
             asyncio.create_task(self._write(stream, hello, context), name=f"write {stream.node}"),
+            asyncio.create_task(self._review(stream.node, token), name=f"review {stream.node}"),
             asyncio.create_task(self.closing.wait(), name=f"closing {stream.node}"),
         ]
         try:
@@ -128,6 +143,20 @@ class Distribution:
             await asyncio.gather(*tasks, return_exceptions=True)
         for task in done:
             task.result()
+
+    async def _review(self, node: str, token: str) -> None:
+        """Raises AuthError once the token is expired or revoked (its pod or node is gone); the
+        agent, if it is still one, then comes back with its new token and goes on where it was.
+        While the API server does not answer, nothing changes."""
+        while True:
+            await asyncio.sleep(self.review_seconds)
+            try:
+                identity = await self.authenticate(token)
+            except Unavailable as error:
+                logger.info("%s: its token stays: %s", node, error)
+                continue
+            if identity.node != node:
+                raise AuthError(f"the token is for node {identity.node}")
 
     async def _write(self, stream: Stream, hello: pb.Hello, context: Context) -> None:
         await self.synced.wait()

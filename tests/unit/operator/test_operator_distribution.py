@@ -299,3 +299,61 @@ async def test_streams_end_when_the_operator_stops() -> None:
         w.distribution.closing.set()
         assert await asyncio.wait_for(agent.call.code(), 5) is grpc.StatusCode.OK
         assert not w.distribution.streams
+
+
+@pytest.mark.parametrize(
+    ("later", "code"),
+    [
+        pytest.param(AuthError("expired"), grpc.StatusCode.UNAUTHENTICATED, id="expired, revoked"),
+        pytest.param(Identity("n2"), grpc.StatusCode.UNAUTHENTICATED, id="of another node"),
+        pytest.param(Unavailable("API down"), None, id="outage of the API"),
+        pytest.param(Identity("n1"), None, id="still good"),
+    ],
+)
+async def test_the_token_of_a_long_stream_is_reviewed(
+    later: Identity | Exception, code: grpc.StatusCode | None
+) -> None:
+    reviews: list[str] = []
+
+    async def review(token: str) -> Identity:
+        reviews.append(token)
+        if len(reviews) > 1 and isinstance(later, Exception):
+            raise later
+        return later if len(reviews) > 1 and isinstance(later, Identity) else Identity(token)
+
+    async with world() as w:
+        w.distribution.review_seconds = 0.02
+        w.distribution.authenticate = review
+        w.revisions.publish([change("a", "1")])
+        agent = await w.connect().open()
+        await agent.change()
+        if code is not None:
+            assert await asyncio.wait_for(agent.call.code(), 5) is code
+            assert not w.distribution.streams
+            return
+        deadline = asyncio.get_running_loop().time() + 5
+        while len(reviews) < 4:
+            assert asyncio.get_running_loop().time() < deadline, reviews
+            await asyncio.sleep(0.01)
+        w.revisions.publish([change("a", "2")])
+        await agent.until({"a": "2"})
+
+
+async def test_who_says_nothing_is_not_waited_for() -> None:
+    async with world() as w:
+        w.distribution.hello_seconds = 0.05
+        stub = pb_grpc.DistributionStub(w.channel)
+        call = stub.Sync(None, metadata=(("authorization", "Bearer n1"),))
+        assert await asyncio.wait_for(call.code(), 5) is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_hundred_agents_at_once() -> None:
+    async with world() as w:
+        w.revisions.publish([change(f"r{i}", "1") for i in range(1000)])
+        agents = await asyncio.gather(*(w.connect(f"n{i}").open() for i in range(100)))
+        await asyncio.wait_for(asyncio.gather(*(agent.change() for agent in agents)), 20)
+        assert len(w.distribution.streams) == 100
+        assert {len(agent.held) for agent in agents} == {1000}
+        w.revisions.publish([change("r0", "2")])
+        await asyncio.wait_for(asyncio.gather(*(agent.change() for agent in agents)), 20)
+        assert {agent.held["r0"] for agent in agents} == {"2"}
