@@ -2,7 +2,8 @@
 """HTTP to the API server: one session, several addresses, tokens read again as they rotate.
 
 The reflectors stream through it, and the few writes go through it. A request that cannot
-connect moves on to the next address; whoever retries does so there.
+connect, or that the server fails (5xx), moves on to the next address, round robin over those
+configured and those learned meanwhile; whoever retries does so there.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from types import TracebackType
 import aiohttp
 import msgspec
 
-from weir.operator.kubeconfig import Access
+from weir.operator.kubeconfig import Access, KubeconfigError
 from weir.operator.wire import Status
 
 logger = logging.getLogger(__name__)
 
+LEARNED = 16  # addresses kept besides the configured ones; the latest stay
 TOKEN_SECONDS = 10.0  # how long a token is used before its file is read again
 USER_AGENT = "weir-operator"
-MAX_ANSWER = 64 * 1024 * 1024
 
 
 class ApiError(Exception):
@@ -41,7 +42,8 @@ class Api:
 
     def __init__(self, access: Access) -> None:
         self._access = access
-        self._current = 0
+        self._learned: dict[str, None] = {}
+        self._server = access.servers[0]
         self._answered = ""
         self._token = ""
         self._token_read = float("-inf")
@@ -69,7 +71,23 @@ class Api:
 
     @property
     def server(self) -> str:
-        return self._access.servers[self._current]
+        """The one in use. May be asked from any thread."""
+        return self._server
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self._access.servers, *self._learned)))
+
+    def learn(self, server: str) -> None:
+        """One more API server. Its certificate must be of the same CA, like any other's."""
+        if server in self._access.servers:
+            return
+        if server not in self._learned:
+            logger.info("API server: %s is one too", server)
+        self._learned.pop(server, None)
+        self._learned[server] = None
+        while len(self._learned) > LEARNED:
+            del self._learned[next(iter(self._learned))]
 
     @asynccontextmanager
     async def request(
@@ -109,6 +127,8 @@ class Api:
             ) as response:
                 self._heard(server)
                 if response.status >= 300:
+                    if response.status >= 500:
+                        self._next_server(server)
                     raise await self._failure(what, response)
                 yield response
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -134,7 +154,13 @@ class Api:
     async def token(self) -> str:
         now = time.monotonic()
         if now - self._token_read > TOKEN_SECONDS:
-            self._token = await asyncio.to_thread(self._access.current_token)
+            try:
+                self._token = await asyncio.to_thread(self._access.current_token)
+            except KubeconfigError as error:
+                # It may be being replaced; the one that we have is good for a while.
+                if not self._token:
+                    raise ApiError("token", 0, str(error)) from error
+                logger.warning("%s: using the last one", error)
             self._token_read = now
         return self._token
 
@@ -144,8 +170,10 @@ class Api:
             logger.info("API server: %s", server)
 
     def _next_server(self, failed: str) -> None:
-        if self.server == failed:
-            self._current = (self._current + 1) % len(self._access.servers)
+        if self._server == failed:
+            known = self.servers
+            at = known.index(failed) if failed in known else -1
+            self._server = known[(at + 1) % len(known)]
 
     async def _failure(self, what: str, response: aiohttp.ClientResponse) -> ApiError:
         body = await response.content.read(64 * 1024)

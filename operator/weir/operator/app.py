@@ -28,6 +28,7 @@ from weir.operator.model import Model
 from weir.operator.objects import Problem
 from weir.operator.reflector import Reflector, Timing
 from weir.operator.revisions import Revisions
+from weir.operator.servers import ServerWatch
 from weir.operator.status import Sample, StatusServer
 from weir.operator.tls import Certificates
 from weir.operator.writes import Reference, Writer
@@ -83,7 +84,7 @@ class App:
         self._writer = writer = Writer(api, self.config.pod_name)
         self._leader = leader = Leader(api, self.config.namespace, self.config.pod_name, self._lead)
         self._reflectors = [
-            Reflector(api, kind, model, self.timing)
+            Reflector(api, kind, ServerWatch(model, api.learn), self.timing)
             for kind in (
                 kinds.NAMESPACE,
                 kinds.NODE,
@@ -105,8 +106,8 @@ class App:
                 tasks.append(group.create_task(self._serve(certificates), name="grpc"))
                 tasks.append(group.create_task(writer.run(), name="writer"))
                 tasks.append(group.create_task(leader.run(), name="leader"))
-                tasks.append(group.create_task(self._handle_nodes(), name="nodes"))
-                tasks.append(group.create_task(self._handle_problems(), name="problems"))
+                tasks.append(group.create_task(self._handle_nodes(api), name="nodes"))
+                tasks.append(group.create_task(self._handle_problems(api), name="problems"))
                 await self.stop.wait()
                 logger.info("stopping")
                 distribution.closing.set()
@@ -131,21 +132,21 @@ class App:
             self._distribution.closing.set()
             await server.stop(STOP_SECONDS)
 
-    async def _handle_nodes(self) -> None:
+    async def _handle_nodes(self, api: Api) -> None:
         """Taints can come back (a node is made anew): its agent's word still counts."""
         loop = asyncio.get_running_loop()
 
         def tainted(node: str) -> None:
             loop.call_soon_threadsafe(self._tainted, node)
 
-        thread = KopfThread("nodes", self.access, node_handlers(tainted))
+        thread = KopfThread("nodes", self.access, node_handlers(tainted), lambda: api.server)
         thread.start()
         try:
-            await asyncio.Event().wait()
+            await thread.watch()
         finally:
             await thread.stop()
 
-    async def _handle_problems(self) -> None:
+    async def _handle_problems(self, api: Api) -> None:
         """Events on bad objects, while leading."""
         loop = asyncio.get_running_loop()
 
@@ -154,11 +155,20 @@ class App:
 
         while True:
             await self._leading.wait()
-            thread = KopfThread("problems", self.access, problem_handlers(report))
+            registry = problem_handlers(report)
+            thread = KopfThread("problems", self.access, registry, lambda: api.server)
             thread.start()
+            watch = asyncio.create_task(thread.watch(), name="kopf problems")
+            following = asyncio.create_task(self._following.wait(), name="following")
             try:
-                await self._following.wait()
+                done, _ = await asyncio.wait(
+                    (watch, following), return_when=asyncio.FIRST_COMPLETED
+                )
+                if watch in done:
+                    watch.result()
             finally:
+                watch.cancel()
+                following.cancel()
                 await thread.stop()
 
     def _lead(self, leading: bool) -> None:

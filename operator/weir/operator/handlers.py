@@ -25,7 +25,8 @@ from weir.operator.writes import TAINT, Reference
 
 logger = logging.getLogger(__name__)
 
-TOKEN_LIFE = datetime.timedelta(minutes=5)  # then kopf asks for the token again
+LOGIN_LIFE = datetime.timedelta(minutes=1)  # then kopf asks for server and token again
+LOOK_SECONDS = 1.0
 RETRY_SECONDS = 5.0
 
 Report = Callable[[Reference, tuple[Problem, ...]], None]
@@ -113,7 +114,7 @@ def judge(
 ) -> None:
     try:
         meta = msgspec.convert({"metadata": dict(cast("Any", body["metadata"]))}, wire.Named)
-    except (KeyError, msgspec.ValidationError) as error:
+    except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
         logger.warning("%s: an object without readable metadata: %s", kind, error)
         return
     try:
@@ -137,9 +138,15 @@ def judge(
 class KopfThread:
     """One kopf operator over a registry, from `start` to `stop`."""
 
-    def __init__(self, name: str, access: Access, registry: kopf.OperatorRegistry) -> None:
+    def __init__(
+        self,
+        name: str,
+        access: Access,
+        registry: kopf.OperatorRegistry,
+        server: Callable[[], str],
+    ) -> None:
+        """`server` tells, from any thread, which API server answers at present."""
         self._name = name
-        self._access = access
         self._registry = registry
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"kopf {name}", daemon=True)
@@ -147,16 +154,22 @@ class KopfThread:
         @kopf.on.login(registry=registry)
         def login(**_: Any) -> kopf.ConnectionInfo:
             return kopf.ConnectionInfo(
-                server=access.servers[0],
+                server=server(),
                 ca_data=access.ca or None,
                 token=access.current_token() or None,
                 certificate_data=access.cert or None,
                 private_key_data=access.key or None,
-                expiration=datetime.datetime.now(datetime.UTC) + TOKEN_LIFE,
+                expiration=datetime.datetime.now(datetime.UTC) + LOGIN_LIFE,
             )
 
     def start(self) -> None:
         self._thread.start()
+
+    async def watch(self) -> None:
+        """Never returns. RuntimeError if the thread is dead, which must not go unnoticed."""
+        while self._thread.is_alive():  # noqa: ASYNC110 - threads tell nobody when they die
+            await asyncio.sleep(LOOK_SECONDS)
+        raise RuntimeError(f"kopf {self._name}: its thread is dead")
 
     async def stop(self) -> None:
         self._stop.set()
@@ -167,10 +180,11 @@ class KopfThread:
         while not self._stop.is_set():
             try:
                 asyncio.run(self._operate())
-            except Exception:
+            except (Exception, asyncio.CancelledError):
                 # kopf ends on errors that it does not know; its watch then starts afresh.
-                logger.exception("kopf %s ended; again in %.0f s", self._name, RETRY_SECONDS)
-            self._stop.wait(RETRY_SECONDS)
+                logger.exception("kopf %s failed", self._name)
+            if not self._stop.wait(RETRY_SECONDS):
+                logger.warning("kopf %s ended: again", self._name)
 
     async def _operate(self) -> None:
         settings = kopf.OperatorSettings()

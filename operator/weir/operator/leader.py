@@ -25,6 +25,7 @@ NAME = "weir-operator"
 LEASE_SECONDS = 15.0
 RENEW_SECONDS = 10.0  # without a renewal for so long, the holder steps down
 RETRY_SECONDS = 2.0
+RELEASE_SECONDS = 2.0  # at most, for an API server that does not answer must not delay the end
 
 
 class _Meta(Struct):
@@ -89,11 +90,14 @@ class Leader:
             return
         self._set(False)
         try:
-            lease = await self._get()
-            if lease is not None and lease.spec.holder_identity == self._identity:
-                await self._put(lease, holder="")
-        except ApiError as error:
-            logger.info("lease not released: %s", error)
+            await asyncio.wait_for(self._give_up(), RELEASE_SECONDS)
+        except (ApiError, TimeoutError) as error:
+            logger.info("lease not released: %s", error or "no answer in time")
+
+    async def _give_up(self) -> None:
+        lease = await self._get()
+        if lease is not None and lease.spec.holder_identity == self._identity:
+            await self._put(lease, holder="")
 
     async def _attempt(self) -> bool:
         lease = await self._get()

@@ -33,13 +33,16 @@ GONE = 410
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Seconds. A watch ends itself after `watch`, spread by half, and is silent at most `silence`
-    (bookmarks come about once a minute); retries back off from `retry` to `retry_most`."""
+    (bookmarks come about once a minute); retries back off from `retry` to `retry_most`. After
+    `barren` watches in a row that brought nothing it is listed again: the server may never reach
+    the version that is asked for, as after etcd was restored from a backup."""
 
     watch: float = 300.0
     silence: float = 100.0
     retry: float = 0.1
     retry_most: float = 15.0
     page: int = 500
+    barren: int = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,8 @@ class Reflector(Generic[T]):
     lists: int = 0
     failures: int = 0
     _version: str = ""
-    _bad: set[Key] = field(default_factory=set)
+    _bad: dict[Key, tuple[Problem, ...]] = field(default_factory=dict)
+    _barren: int = 0
 
     async def run(self) -> None:
         delay = self.timing.retry
@@ -102,11 +106,17 @@ class Reflector(Generic[T]):
                 logger.warning("%s: %s; again in about %.1f s", self.kind.name, error, delay)
                 if error.status == GONE:
                     self._version = ""
+                elif error.status:
+                    self._barren += 1
+            if self._barren >= self.timing.barren:
+                logger.warning("%s: listing again: watches bring nothing", self.kind.name)
+                self._version = ""
             await asyncio.sleep(delay * (0.5 + self.jitter()))
             delay = min(delay * 2, self.timing.retry_most)
 
     async def _list(self) -> None:
         self.lists += 1
+        self._barren = 0
         found: set[Key] = set()
         query = {"limit": str(self.timing.page)}
         while True:
@@ -121,7 +131,7 @@ class Reflector(Generic[T]):
             await asyncio.sleep(0)  # others' turn: a page takes a while to digest
         for key in [key for key in self.objects if key not in found]:
             self._report(key, None)
-        self._bad &= found
+        self._bad = {key: problems for key, problems in self._bad.items() if key in found}
         self._version = page.metadata.resource_version
         if not self._version:
             raise ApiError(f"GET {self.kind.path}", 200, "the list has no resourceVersion")
@@ -148,12 +158,14 @@ class Reflector(Generic[T]):
         async with self.api.request(
             "GET", self.kind.path, query=query, read_seconds=self.timing.silence
         ) as response:
+            self._barren += 1
             async for chunk in response.content.iter_any():
                 *lines, rest = (rest + chunk).split(b"\n") if rest else chunk.split(b"\n")
                 for line in lines:
                     if line:
                         self._event(line)
                         heard = True
+                        self._barren = 0
         return heard
 
     def _event(self, line: bytes) -> None:
@@ -167,7 +179,7 @@ class Reflector(Generic[T]):
                 self._advance(event.object)
             case "DELETED":
                 meta = self._meta(event.object)
-                self._bad.discard(key_of(meta))
+                self._bad.pop(key_of(meta), None)
                 self._report(key_of(meta), None)
                 self._advance(event.object)
             case "BOOKMARK":
@@ -180,16 +192,16 @@ class Reflector(Generic[T]):
     def _advance(self, raw: msgspec.Raw) -> None:
         self._version = self._meta(raw).resource_version or self._version
 
-    def _meta(self, raw: msgspec.Raw) -> wire.Meta:
+    def _meta(self, raw: msgspec.Raw) -> wire.Identity:
         try:
-            return msgspec.json.decode(raw, type=wire.Named).metadata
+            return msgspec.json.decode(raw, type=wire.Identified).metadata
         except msgspec.DecodeError as error:
             raise Lost(f"an object without readable metadata: {error}") from error
 
     def _take(self, raw: msgspec.Raw) -> Key | None:
         """Parse and report one object. None: not even its name could be read."""
         try:
-            key = key_of(msgspec.json.decode(raw, type=wire.Named).metadata)
+            key = key_of(msgspec.json.decode(raw, type=wire.Identified).metadata)
         except msgspec.DecodeError as error:
             logger.warning("%s: an object without a readable name: %s", self.kind.name, error)
             return None
@@ -198,12 +210,11 @@ class Reflector(Generic[T]):
         except msgspec.DecodeError as error:
             stand_in = self.kind.unreadable(key)
             parsed = Parsed(stand_in, (Problem("", f"cannot be read: {error}"),))
-        if parsed.problems:
-            self._bad.add(key)
+        if parsed.problems != self._bad.get(key, ()):  # each is told once, not at every relist
+            self._bad[key] = parsed.problems
             self.consumer.problems(self.kind.name, key, parsed.problems)
-        elif key in self._bad:
-            self._bad.discard(key)
-            self.consumer.problems(self.kind.name, key, ())
+        if not parsed.problems:
+            self._bad.pop(key, None)
         self._report(key, parsed.value)
         return key
 

@@ -25,9 +25,19 @@ class Meta(Struct):
     labels: dict[str, str] | None = None
 
 
-class Named(Struct):
-    """As much of any object as tells which one it is."""
+class Identity(Struct):
+    name: str = ""
+    namespace: str = ""
+    resource_version: str = ""
 
+
+class Identified(Struct):
+    """As much of any object as tells which one it is, however odd the rest of it."""
+
+    metadata: Identity = msgspec.field(default_factory=Identity)
+
+
+class Named(Struct):
     metadata: Meta = msgspec.field(default_factory=Meta)
 
 

@@ -39,6 +39,7 @@ class Seen:
     reports: list[tuple[str, bool, bool]] = field(default_factory=list)
     trouble: dict[str, tuple[Problem, ...]] = field(default_factory=dict)
     lists: int = 0
+    told: int = 0
 
     def changed(self, kind: str, key: Key, old: object | None, new: object | None) -> None:
         assert self.objects.get(str(key)) == old
@@ -50,6 +51,7 @@ class Seen:
 
     def problems(self, kind: str, key: Key, problems: tuple[Problem, ...]) -> None:
         self.trouble[str(key)] = problems
+        self.told += 1
 
     def synced(self, kind: str) -> None:
         self.lists += 1
@@ -256,3 +258,54 @@ async def test_an_unreadable_policy_isolates_its_namespace() -> None:
         await w.watching()
         w.api.put(path, {**good, "metadata": dict(bad["metadata"])})
         await w.until(lambda: w.seen.trouble["ns/p"] == ())
+
+
+async def test_a_server_that_lost_its_history_is_listed_again() -> None:
+    """Restored from a backup: it takes watches from the future, and says nothing on them."""
+    async with world(filled("a", "b")) as w:
+        await w.names("a", "b")
+        await w.watching()
+        w.api.collection(PATH).objects.pop("/b")  # no event will ever tell
+        await w.names("a")
+        assert w.reflector.failures >= Timing().barren
+
+
+async def test_a_problem_is_told_once_not_at_every_relist() -> None:
+    api = FakeApi()
+    bad = {"metadata": {"name": "p", "namespace": "ns"}, "spec": {"podSelector": "all"}}
+    api.put(kinds.POLICY.path, bad)
+    async with world(api, kinds.POLICY) as w:
+        for lists in (1, 2, 3):
+            await w.until(lambda: w.seen.lists == lists)  # noqa: B023
+            await w.watching()
+            assert w.seen.told == 1
+            w.api.send(kinds.POLICY.path, b"not json\n")
+
+
+async def test_a_policy_with_odd_metadata_still_isolates() -> None:
+    api = FakeApi()
+    meta = {"name": "p", "namespace": "ns", "labels": ["no"], "uid": 7}
+    api.put(kinds.POLICY.path, {"metadata": meta, "spec": {"podSelector": {}}})
+    async with world(api, kinds.POLICY) as w:
+        await w.names("ns/p")
+        assert not w.seen.objects["ns/p"].rules
+
+
+async def test_a_token_file_that_is_away_ends_nothing(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    async with world(filled("a"), token_file=token) as w:
+        await w.until(lambda: w.reflector.failures)
+        await asyncio.to_thread(token.write_text, "t\n")
+        await w.names("a")
+
+
+async def test_a_server_that_fails_is_left_for_one_that_was_learned() -> None:
+    second = filled("a", "b")
+    async with second.serve() as other, world(filled("a")) as w:
+        await w.names("a")
+        await w.watching()
+        w.reflector.api.learn(other)
+        w.api.faults.watches.extend([500])
+        w.api.drop_watches()
+        await w.until(lambda: w.reflector.api.server == other)
+        await w.names("a", "b")
