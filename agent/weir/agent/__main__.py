@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from weir.agent import app, memory, uninstall
+from weir.agent import app, logs, memory, uninstall
 from weir.agent.config import Config, load
 from weir.agent.errors import ConfigError
 from weir.cni.errors import CniError
@@ -42,9 +42,7 @@ def main() -> int:
     except ConfigError as error:
         sys.stderr.write(f"weir-agent: {error}\n")
         return 2
-    logging.basicConfig(
-        level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.set_up(config.log_level)
     if arguments.action == "cleanup":
         return uninstall.clean(config)
     memory.prepare()

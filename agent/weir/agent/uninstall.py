@@ -2,7 +2,9 @@
 """Takes Weir off a node: CNI files, programs, maps, device, routes, state.
 
 `python -m weir.agent.uninstall` is what the chart runs with `uninstall=true`: it cleans, says so
-in /tmp/uninstalled (its readiness) and waits to be deleted. Running pods keep their interfaces.
+in a file (its readiness) and waits to be deleted. `python -m weir.agent cleanup` does the same by
+hand, once. Running pods keep their interfaces and routes, so they reach their node and what it
+reaches; policy, Services and other nodes' pods are gone. Forwarding stays enabled.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from weir.agent import node
+from weir.agent import logs, node
 from weir.agent.config import Config, load
 from weir.agent.errors import ConfigError
 from weir.cni import install
@@ -33,11 +37,10 @@ def clean(config: Config) -> int:
     paths = config.paths
     failed = False
 
-    def step(name: str, work: object) -> None:
+    def step(name: str, work: Callable[[], object]) -> None:
         nonlocal failed
         try:
-            if callable(work):
-                work()
+            work()
             logger.info("removed: %s", name)
         except (OSError, CniError, DatapathError, install.InstallError) as error:
             failed = True
@@ -45,9 +48,9 @@ def clean(config: Config) -> int:
 
     step("CNI configuration and shim", lambda: install.remove(paths.cni_bin, paths.cni_conf))
     step("programs and maps", lambda: Datapath.remove(paths.pins))
-    step("overlay device and routes", lambda: logger.info("%s", ", ".join(node.remove_all())))
+    step("overlay device and routes", node.remove_all)
     for folder in (paths.run, paths.state):
-        step(str(folder), lambda folder=folder: _empty(folder))
+        step(str(folder), partial(_empty, folder))
     return int(failed)
 
 
@@ -65,17 +68,20 @@ def _empty(folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m weir.agent.uninstall", description=__doc__)
     parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--done", type=Path, default=DONE, help="the file that says it is done")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
         config = load(arguments.config, os.environ)
     except ConfigError as error:
         sys.stderr.write(f"weir-agent: {error}\n")
         return 2
+    logs.set_up(config.log_level)
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     if clean(config):
         return 1
-    DONE.touch()
-    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    arguments.done.touch()
+    signal.sigwait(signals)
     return 0
 
 
