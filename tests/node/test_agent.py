@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -307,6 +307,103 @@ def test_killing_the_agent_loses_nothing(
         assert pinger.slowest < 1
     assert agent.ask("status")["tables"]
     assert agent.ask("status")["rejected"] == {}
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def mtu_of(net: NetNs, device: str) -> int:
+    return int(json.loads(net.run("ip", "-j", "link", "show", device))[0]["mtu"])
+
+
+def test_every_device_follows_the_uplinks_mtu(agent: AgentNode, pods: dict[str, NetNs]) -> None:
+    agent.start()
+    addresses = {name: agent.add(pods[name], name) for name in "ab"}
+    ends = {view["pod"]: view["device"] for view in agent.ask("endpoints")}
+
+    def follows(mtu: int) -> bool:
+        return eventually(
+            lambda: (
+                {
+                    mtu_of(agent.node, "weir_vxlan"),
+                    *(mtu_of(agent.node, device) for device in ends.values()),
+                    *(mtu_of(pods[name], "eth0") for name in "ab"),
+                }
+                == {mtu}
+            )
+        )
+
+    assert follows(1450), agent.log
+    agent.node.run("ip", "link", "set", "eth0", "mtu", "1400")
+    assert follows(1350), agent.log
+    agent.add(pods["c"], "c")
+    assert mtu_of(pods["c"], "eth0") == 1350
+    agent.stop()
+    # What changes while no agent is there, it finds at its start; and not only a change.
+    agent.node.run("ip", "link", "set", "eth0", "mtu", "1500")
+    agent.node.run("ip", "link", "set", ends["ns/a"], "mtu", "1300")
+    agent.start()
+    assert follows(1450), agent.log
+    echo = Echo(pods["b"], 80)
+    try:
+        for address in addresses["b"]:
+            assert connects(pods["a"], address, 80, 5), agent.log
+    finally:
+        echo.close()
+
+
+def test_cni_files_come_back(agent: AgentNode) -> None:
+    agent.config["cniConfName"] = "02-mine.conflist"
+    agent.config["resyncSeconds"] = 1
+    agent.start()
+    wanted = [agent.folder / "conf" / "02-mine.conflist", agent.folder / "bin" / "weir"]
+    assert eventually(lambda: all(path.exists() for path in wanted)), agent.log
+    before = [path.read_bytes() for path in wanted]
+    assert [path.name for path in (agent.folder / "conf").iterdir()] == ["02-mine.conflist"]
+    for path in wanted:
+        path.unlink()
+    assert eventually(lambda: all(path.exists() for path in wanted)), agent.log
+    assert [path.read_bytes() for path in wanted] == before
+
+
+@pytest.mark.parametrize("module", ["weir.agent", "weir.agent.uninstall"])
+def test_uninstallation_leaves_nothing(
+    agent: AgentNode, pods: dict[str, NetNs], module: str
+) -> None:
+    agent.start()
+    (address, *_) = agent.add(pods["a"], "a")
+    assert (agent.folder / "conf" / "05-weir.conflist").exists()
+    agent.stop()
+    done = agent.folder / "done"
+    action = ["cleanup"] if module == "weir.agent" else ["--done", str(done)]
+    process = agent.run_module(module, *action)
+    if module == "weir.agent":
+        assert process.wait(20) == 0, agent.log
+    else:
+        assert eventually(done.exists), agent.log
+        assert process.poll() is None
+        process.terminate()
+        assert process.wait(5) == 0
+    assert not agent.pins.exists()
+    for name in ("conf", "bin", "run", "state"):
+        assert not list((agent.folder / name).iterdir()), name
+    assert "weir_vxlan" not in agent.node.run("ip", "link")
+    assert not agent.node.run("ip", "route", "show", "proto", "87")
+    assert not agent.node.run("ip", "-6", "route", "show", "proto", "87")
+    # The pod is as it was, and now nothing judges it.
+    echo = Echo(pods["a"], 80)
+    try:
+        assert connects(agent.node, address, 80, 5)
+    finally:
+        echo.close()
+    agent.start()
+    agent.add(pods["b"], "b")
 
 
 def test_the_node_is_kept_right(agent: AgentNode, operator: ScriptedOperator) -> None:

@@ -42,6 +42,7 @@ class AgentNode:
         self, folder: Path, pins: Path, cgroup: Path, operator: ScriptedOperator, **config: object
     ) -> None:
         self.folder = folder
+        self.pins = pins
         self.node = NetNs()
         self.outside = NetNs()
         self.operator = operator
@@ -80,6 +81,12 @@ class AgentNode:
         return (self.folder / "log").read_text()
 
     def start(self, wait: bool = True) -> None:
+        self.process = self.run_module("weir.agent")
+        if wait:
+            self.wait_ready()
+
+    def run_module(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """`python -m NAME` on the node, with the agent's configuration."""
         path = self.folder / "config.yaml"
         path.write_text(json.dumps(self.config))
         environment = {
@@ -89,14 +96,12 @@ class AgentNode:
             "HOST_IP": "192.0.2.1",
         }
         with self.node.entered(), (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "weir.agent", "--config", str(path)],
+            return subprocess.Popen(
+                [sys.executable, "-m", name, "--config", str(path), *arguments],
                 env=environment,
                 stdout=log,
                 stderr=log,
             )
-        if wait:
-            self.wait_ready()
 
     def wait_ready(self) -> None:
         deadline = time.monotonic() + SECONDS

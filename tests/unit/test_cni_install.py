@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
 
 from weir.cni import install
+
+NAME = "05-weir.conflist"
+SOCKET = Path("/run/weir/cni.sock")
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def test_equal_files_are_left_alone(tmp_path: Path, shim: Path) -> None:
 
 
 def test_config_is_what_old_and_new_runtimes_take(tmp_path: Path) -> None:
-    path = install.install_config(tmp_path, Path("/run/other.sock"))
+    path = install.install_config(tmp_path, NAME, Path("/run/other.sock"))
     assert path.name == "05-weir.conflist"
     assert json.loads(path.read_bytes()) == {
         "cniVersion": "1.0.0",
@@ -49,27 +51,29 @@ def test_config_is_what_old_and_new_runtimes_take(tmp_path: Path) -> None:
     }
 
 
-def test_earlier_config_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_earlier_configs_are_those_that_the_runtime_prefers(tmp_path: Path) -> None:
     (tmp_path / "00-other.conflist").write_text("{}")
     (tmp_path / "00-notes.txt").write_text("")
     (tmp_path / "10-later.conf").write_text("{}")
-    with caplog.at_level(logging.WARNING):
-        install.install_config(tmp_path)
-    warned = [r.getMessage() for r in caplog.records]
-    assert len(warned) == 1
-    assert "00-other.conflist" in warned[0]
+    install.install_config(tmp_path, NAME, SOCKET)
+    assert [path.name for path in install.earlier(tmp_path, NAME)] == ["00-other.conflist"]
+
+
+def test_another_name_replaces_our_file_and_nobody_elses(tmp_path: Path) -> None:
+    others = {"00-other.conflist": '{"plugins": [{"type": "bridge"}]}', "01-bad.conflist": "no"}
+    for name, text in others.items():
+        (tmp_path / name).write_text(text)
+    install.install_config(tmp_path, NAME, SOCKET)
+    install.install_config(tmp_path, "02-mine.conflist", SOCKET)
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "02-mine.conflist"}
+    install.remove(tmp_path / "bin", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*others}
 
 
 def test_remove_takes_both_and_is_idempotent(tmp_path: Path, shim: Path) -> None:
     install.install_shim(shim, tmp_path / "bin")
-    install.install_config(tmp_path / "conf")
+    install.install_config(tmp_path / "conf", NAME, SOCKET)
     for _ in range(2):
         install.remove(tmp_path / "bin", tmp_path / "conf")
         assert not list((tmp_path / "bin").iterdir())
         assert not list((tmp_path / "conf").iterdir())
-
-
-def test_command_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["shim", "--source", str(tmp_path / "none"), "--bin-dir", str(tmp_path)]
-    assert install.main(arguments) == 1
-    assert str(tmp_path / "none") in capsys.readouterr().err

@@ -38,7 +38,7 @@ class Agent(Protocol):
 
     def why_not(self) -> str: ...
 
-    def counters(self) -> list[tuple[MetricKey, Metric]]: ...
+    async def counters(self) -> list[tuple[MetricKey, Metric]]: ...
 
 
 def local_api(agent: Agent) -> web.Application:
@@ -95,7 +95,7 @@ def health(agent: Agent) -> web.Application:
         return web.Response(text=f"{reason or 'ok'}\n", status=503 if reason else 200)
 
     async def scrape(_request: web.Request) -> web.Response:
-        counters = await asyncio.to_thread(agent.counters)
+        counters = await agent.counters()
         families = metrics.datapath_families(counters)
         families += metrics.agent_families(
             agent.reconciler, agent.stream_state, not agent.why_not()

@@ -20,6 +20,7 @@ from weir.agent.config import Config
 from weir.agent.errors import NodeError
 from weir.agent.events import Events
 from weir.agent.explain import Explainer
+from weir.agent.gate import Gate
 from weir.agent.host import AgentHost
 from weir.agent.node import NodeFacts
 from weir.agent.reconciler import GROUPS, Pace, Reconciler
@@ -49,6 +50,7 @@ NODE_RETRY_SECONDS = 1.0
 NODE_PERIOD_SECONDS = 30.0
 SETTLE_SECONDS = 0.2
 INSTALL_RETRY_SECONDS = 5.0
+INSTALL_PERIOD_SECONDS = 30.0
 
 
 class App:
@@ -60,6 +62,7 @@ class App:
         self._facts = facts
         self._features = features
         self._datapath = datapath
+        self._gate = Gate()
         self._settings = settings_of(config, facts, features)
         self._version = _version()
         self.projection = Projection()
@@ -76,6 +79,7 @@ class App:
             self.projection,
             self.reconciler,
             lambda: self._datapath,
+            self._gate,
             self._stream,
             self.why_not_wire,
             unmanaged=config.unmanaged,
@@ -90,6 +94,7 @@ class App:
         self._server = CniServer(self._cni, paths.run / "cni.sock")
         self._node_changed = asyncio.Event()
         self._routed = asyncio.Event()
+        self._earlier: list[Path] = []
         self._host_routes: frozenset[HostRoute] = frozenset()
 
     # ---- what others ask
@@ -101,8 +106,9 @@ class App:
     def stream_state(self) -> StreamState:
         return self._stream.state
 
-    def counters(self) -> list[tuple[MetricKey, Metric]]:
-        return list(self._datapath.tables.metrics.items())
+    async def counters(self) -> list[tuple[MetricKey, Metric]]:
+        async with self._gate.use():
+            return await asyncio.to_thread(lambda: list(self._datapath.tables.metrics.items()))
 
     def why_not_wire(self) -> str:
         """Why an ADD would not work now; "" if it would."""
@@ -234,18 +240,25 @@ class App:
             self._state.changed.set()
             logger.info("ready")
             while self._config.install_cni:
+                pause = min(INSTALL_PERIOD_SECONDS, self._config.resync_seconds)
                 try:
                     await asyncio.to_thread(self._install)
-                    break
                 except install.InstallError as error:
-                    logger.warning("%s; again in %g s", error, INSTALL_RETRY_SECONDS)
-                    await asyncio.sleep(INSTALL_RETRY_SECONDS)
+                    pause = INSTALL_RETRY_SECONDS
+                    logger.warning("%s; again in %g s", error, pause)
+                await asyncio.sleep(pause)
 
     def _install(self) -> None:
-        paths = self._config.paths
+        """Also puts back what somebody took away or changed."""
+        paths, name = self._config.paths, self._config.cni_conf_name
         install.install_shim(paths.shim, paths.cni_bin)
         # The path as the runtime sees it: the folder is mounted at the same place.
-        install.install_config(paths.cni_conf, paths.run / "cni.sock")
+        install.install_config(paths.cni_conf, name, paths.run / "cni.sock")
+        before = install.earlier(paths.cni_conf, name)
+        if before != self._earlier:
+            self._earlier = before
+            for other in before:
+                logger.warning("%s comes before %s: the runtime uses it instead", other, name)
 
     async def _serve_api(self) -> None:
         await api.serve(api.local_api(self), api.unix_socket(self._config.paths.run / "agent.sock"))
@@ -298,8 +311,10 @@ class App:
         facts = await asyncio.to_thread(node.observe, self._config, own.addresses if own else ())
         if facts != self._facts:
             logger.info("node changed: %s", facts)
-            old, self._facts = self._facts, facts
-            await self._follow(old)
+            await self._follow(facts)
+        # Also what was wired while the MTU changed, or changed while no agent was there.
+        wired = list(self.projection.placement.local.values())
+        await asyncio.to_thread(node.converge_pod_mtus, wired, facts.mtu)
         if self.reconciler.first_done.is_set():
             wanted = self.projection.host_routes
             changed = await asyncio.to_thread(node.converge_routes, wanted, facts)
@@ -307,20 +322,21 @@ class App:
                 logger.info("%d host routes put right", changed)
             self._routed.set()
 
-    async def _follow(self, old: NodeFacts) -> None:
-        settings = settings_of(self._config, self._facts, self._features)
-        async with self.reconciler.paused:
+    async def _follow(self, facts: NodeFacts) -> None:
+        """Facts count as followed once all of it succeeded: else the next round tries again."""
+        settings = settings_of(self._config, facts, self._features)
+        self._wiring.mtu = facts.mtu
+        async with self.reconciler.paused, self._gate.exchange():
             if settings != self._settings:
                 opened = await asyncio.to_thread(open_datapath, self._config, settings)
                 before, self._datapath, self._settings = self._datapath, opened, settings
                 self.reconciler.tables.update(tables_of(opened))
-                await self.events.refresh()
-                before.close()
-            await asyncio.to_thread(attach_devices, self._datapath, self._facts, self._config)
-        if old.mtu != self._facts.mtu:
-            self._wiring.mtu = self._facts.mtu
-            for endpoint in list(self.projection.placement.local.values()):
-                await asyncio.to_thread(node.set_pod_mtu, endpoint, self._facts.mtu)
+                try:
+                    await self.events.refresh()
+                finally:
+                    before.close()
+            await asyncio.to_thread(attach_devices, self._datapath, facts, self._config)
+        self._facts = facts
         self._use_facts()
         self.reconciler.wake()
 

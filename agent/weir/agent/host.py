@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable
 from typing import Protocol
 
 from weir.agent.errors import Rejected
+from weir.agent.gate import Gate
 from weir.agent.reconciler import Reconciler
 from weir.agent.tables import Projection
 from weir.cni.endpoint import LocalEndpoint, PodRef
@@ -42,6 +43,7 @@ class AgentHost:
         projection: Projection,
         reconciler: Reconciler,
         datapath: Callable[[], Attacher],
+        gate: Gate,
         announcer: Announcer,
         why_not: Callable[[], str],
         *,
@@ -50,6 +52,7 @@ class AgentHost:
         self._projection = projection
         self._reconciler = reconciler
         self._datapath = datapath
+        self._gate = gate
         self._announcer = announcer
         self._why_not = why_not
         self._unmanaged = unmanaged
@@ -99,7 +102,8 @@ class AgentHost:
 
     async def attach(self, ifname: str) -> None:
         try:
-            await asyncio.to_thread(self._datapath().attach_pod, ifname)
+            async with self._gate.use():
+                await asyncio.to_thread(self._datapath().attach_pod, ifname)
         except DatapathError as error:
             raise Refused(f"cannot attach the programs to {ifname}", details=str(error)) from error
 
@@ -108,7 +112,8 @@ class AgentHost:
         if endpoint is None:
             return
         try:
-            await asyncio.to_thread(self._datapath().detach_pod, endpoint.host_ifname)
+            async with self._gate.use():
+                await asyncio.to_thread(self._datapath().detach_pod, endpoint.host_ifname)
         except DeviceGone:
             pass
         except DatapathError as error:

@@ -86,9 +86,10 @@ def create_overlay(mtu: int) -> Message:
     return Message(f"create the device {OVERLAY}", kind, netlink.CREATE | netlink.EXCL, body)
 
 
-def set_mtu(index: int, mtu: int) -> Message:
-    """And up, which the device may have lost."""
-    body = netlink.IFINFO.pack(0, 0, index, netlink.IFF_UP, netlink.IFF_UP)
+def set_mtu(index: int, mtu: int, *, up: bool = False) -> Message:
+    """Up only where asked for: a pod's host end must not be before its programs are attached."""
+    flags = netlink.IFF_UP if up else 0
+    body = netlink.IFINFO.pack(0, 0, index, flags, flags)
     body += netlink.attribute(netlink.IFLA_MTU, netlink.U32.pack(mtu))
     return Message(f"set the MTU of the link with index {index}", netlink.SETLINK, 0, body)
 

@@ -109,7 +109,7 @@ def observe(config: Config, named: Sequence[Addr]) -> NodeFacts:
             netlink.send([links.create_overlay(facts.mtu)])
             device = netlink.link(links.OVERLAY)
         elif device.mtu != facts.mtu or not device.up:
-            netlink.send([links.set_mtu(device.index, facts.mtu)])
+            netlink.send([links.set_mtu(device.index, facts.mtu, up=True)])
         if device is None:
             raise NodeError("create", links.OVERLAY, "it vanished at once")
         return NodeFacts(facts.addresses, facts.local, facts.uplinks, facts.mtu, device.index)
@@ -159,36 +159,46 @@ def _devices(
     return device_of
 
 
-def set_pod_mtu(endpoint: LocalEndpoint, mtu: int) -> None:
-    """Both ends of a pod's veth. A pod that is gone is fine."""
+def converge_pod_mtus(endpoints: Iterable[LocalEndpoint], mtu: int) -> int:
+    """Both ends of each veth. Returns how many were changed; a pod that is gone is fine.
+
+    Only host ends are looked at: at a pod's own end nothing changes without its host end. The
+    receiving end must never have the smaller MTU, or full packets are lost meanwhile.
+    """
+    changed = 0
+    with Netlink() as host:
+        ends = {link.name: link for link in host.links()}
+        for endpoint in endpoints:
+            link = ends.get(endpoint.host_ifname)
+            if link is None or link.mtu == mtu:
+                continue
+            try:
+                if link.mtu < mtu:
+                    host.send([links.set_mtu(link.index, mtu)])
+                    _set_pod_end_mtu(endpoint, mtu)
+                else:
+                    _set_pod_end_mtu(endpoint, mtu)
+                    host.send([links.set_mtu(link.index, mtu)])
+            except CniError as error:
+                logger.warning("%s: MTU %d: %s", endpoint.pod, mtu, error)
+            else:
+                changed += 1
+    return changed
+
+
+def _set_pod_end_mtu(endpoint: LocalEndpoint, mtu: int) -> None:
+    netns = open_netns(endpoint.netns)
     try:
-        with Netlink() as host:
-            link = host.link(endpoint.host_ifname)
-            if link is None:
-                return
-            if link.mtu != mtu:
-                host.send([links.set_mtu(link.index, mtu)])
-        netns = open_netns(endpoint.netns)
-        try:
-            with inside(netns), Netlink() as pod:
-                link = pod.link(endpoint.ifname)
-                if link is not None and link.mtu != mtu:
-                    pod.send([links.set_mtu(link.index, mtu)])
-        finally:
-            os.close(netns)
-    except CniError as error:
-        logger.warning("%s: MTU %d: %s", endpoint.pod, mtu, error)
+        with inside(netns), Netlink() as pod:
+            link = pod.link(endpoint.ifname)
+            if link is not None:
+                pod.send([links.set_mtu(link.index, mtu)])
+    finally:
+        os.close(netns)
 
 
-def remove_all() -> list[str]:
-    """Deletes our device and routes: for uninstallation. Returns what went."""
-    gone = []
+def remove_all() -> None:
+    """Deletes our device and routes: for uninstallation."""
     with NodeNetlink() as netlink:
         ours = [route for route in netlink.kernel_routes() if route.ours]
-        netlink.send([links.delete_host_route(route) for route in ours])
-        gone += [f"route {route.destination.text()}" for route in ours]
-        for link in netlink.links():
-            if link.name == links.OVERLAY:
-                netlink.send([delete_link(link.name)])
-                gone.append(f"device {link.name}")
-    return gone
+        netlink.send([*map(links.delete_host_route, ours), delete_link(links.OVERLAY)])
