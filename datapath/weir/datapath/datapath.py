@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,7 @@ class Datapath:
         self._links = links
         self.tables = tables
         self.features = kernel
+        self._runtime_lock = threading.Lock()
 
     @staticmethod
     def open(
@@ -180,19 +182,28 @@ class Datapath:
 
     def set_generation(self, generation: int) -> None:
         """Established flows of other generations are judged anew at their next packet."""
-        changed = records.Runtime(generation & 0xFFFF_FFFF, self.runtime().event_mask)
-        self.tables.runtime.update({0: changed})
+        self._change_runtime(lambda row: replace(row, policy_generation=generation & 0xFFFF_FFFF))
 
     def bump(self) -> int:
         """Raises the policy generation; returns the new one."""
-        generation = (self.runtime().policy_generation + 1) & 0xFFFF_FFFF
-        self.set_generation(generation)
-        return generation
+        row = self._change_runtime(
+            lambda row: replace(row, policy_generation=(row.policy_generation + 1) & 0xFFFF_FFFF)
+        )
+        return row.policy_generation
 
     def set_event_mask(self, mask: int) -> None:
         """Bits (1 << EventKind) of the events to report; 0 for none."""
-        changed = records.Runtime(self.runtime().policy_generation, mask)
-        self.tables.runtime.update({0: changed})
+        self._change_runtime(lambda row: replace(row, event_mask=mask))
+
+    def _change_runtime(
+        self, change: Callable[[records.Runtime], records.Runtime]
+    ) -> records.Runtime:
+        """One after the other: a generation that a new event mask took back would keep flows that
+        policy no longer allows."""
+        with self._runtime_lock:
+            changed = change(self.runtime())
+            self.tables.runtime.update({0: changed})
+        return changed
 
     def events(self) -> EventReader:
         for btf in self._loaded.btfs:
