@@ -36,21 +36,35 @@ class UnixConnection(http.client.HTTPConnection):
 
 
 class AgentNode:
-    """A node namespace with an uplink, and the agent in it. `start` may be repeated."""
+    """A node namespace with an uplink on a bridge, and the agent in it. `start` may be repeated.
+
+    `neighbour`: another node, whose segment this one joins.
+    """
 
     def __init__(
-        self, folder: Path, pins: Path, cgroup: Path, operator: ScriptedOperator, **config: object
+        self,
+        folder: Path,
+        pins: Path,
+        cgroup: Path,
+        operator: ScriptedOperator,
+        number: int = 1,
+        neighbour: AgentNode | None = None,
+        **config: object,
     ) -> None:
+        self.number = number
         self.folder = folder
         self.pins = pins
         self.node = NetNs()
-        self.outside = NetNs()
+        self.outside: NetNs = neighbour.outside if neighbour else NetNs()
         self.operator = operator
         self.process: subprocess.Popen[bytes] | None = None
-        veth("eth0", self.node, "eth0", self.outside)
-        for net, last in ((self.node, 1), (self.outside, 254)):
-            net.run("ip", "address", "add", f"192.0.2.{last}/24", "dev", "eth0")
-            net.run("ip", "address", "add", f"2001:db8::{last}/64", "dev", "eth0", "nodad")
+        if neighbour is None:
+            self.outside.run("ip", "link", "add", "br0", "type", "bridge")
+            self.outside.run("ip", "link", "set", "br0", "up")
+            self._address(self.outside, 254, "br0")
+        veth("eth0", self.node, f"node{number}", self.outside)
+        self.outside.run("ip", "link", "set", f"node{number}", "master", "br0")
+        self._address(self.node, number, "eth0")
         self.node.run("ip", "route", "add", "default", "via", "192.0.2.254")
         (folder / "account").mkdir()
         (folder / "account" / "operator-ca.crt").write_bytes(operator.ca)
@@ -76,6 +90,11 @@ class AgentNode:
         }
         self.config |= config
 
+    @staticmethod
+    def _address(net: NetNs, last: int, device: str) -> None:
+        net.run("ip", "address", "add", f"192.0.2.{last}/24", "dev", device)
+        net.run("ip", "address", "add", f"2001:db8::{last}/64", "dev", device, "nodad")
+
     @property
     def log(self) -> str:
         return (self.folder / "log").read_text()
@@ -91,9 +110,9 @@ class AgentNode:
         path.write_text(json.dumps(self.config))
         environment = {
             **os.environ,
-            "NODE_NAME": "node1",
+            "NODE_NAME": f"node{self.number}",
             "POD_NAMESPACE": "weir",
-            "HOST_IP": "192.0.2.1",
+            "HOST_IP": f"192.0.2.{self.number}",
         }
         with self.node.entered(), (self.folder / "log").open("ab") as log:
             return subprocess.Popen(
@@ -177,6 +196,14 @@ def node_resource(name: str, addresses: list[str], cidrs: list[str]) -> pb.Resou
             pod_cidrs=[pb.Cidr(address=p.address, bits=p.bits) for p in prefixes],
         ),
     )
+
+
+def address_resource(address: str, name: str, number: int) -> pb.Resource:
+    raw = parse(address)
+    resource = pb.Resource(name=f"address/{raw.hex()}")
+    resource.address.address, resource.address.namespace, resource.address.pod = raw, "ns", name
+    setattr(resource.address, "class", number)
+    return resource
 
 
 def class_resource(number: int, *selectors: int) -> pb.Resource:
