@@ -32,11 +32,14 @@ REFERENCE = OUT / "reference"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "weir"
 BASE_IMAGE = "localhost/weir-base"
 CA_IN_BUILD = "/run/secrets/ca.crt"
+NAMES = "--format={{.Name}}:{{.Tag}}"
 SYSTEM_CA = Path("/etc/ssl/certs/ca-certificates.crt")
 INPUTS = [
     "Dockerfile", ".dockerignore", "pyproject.toml", "hatch_build.py", "README.md", "LICENSE",
     "hack/requirements.py", "api", "operator", "datapath", "cni", "agent", "cli",
 ]  # fmt: skip
+# Each build leaves three or four images as cache of its layers, about 100 MB.
+CACHED_IMAGES_MAX = 100
 GENERATED = re.compile(
     r"/__pycache__/|\.egg-info/|\.bpf\.o$|\.partial$|/_libbpf[^/]*$|_pb2(_grpc)?\.pyi?$"
 )
@@ -134,6 +137,8 @@ def with_buildah(reference: str) -> None:
     storage.mkdir(parents=True, exist_ok=True)
     state = ["--root", str(storage), "--runroot", str(OUT / "run"), "--storage-driver", "overlay"]
     base = make_base(state)
+    if len(images(state, "--all", "--quiet")) > CACHED_IMAGES_MAX:
+        buildah(state, "rmi", "--prune")
     build = ["build", "--isolation=chroot", "--network=host", "--layers", "--format=oci"]
     build += [f"--build-arg=BASE={base}", f"--tag={reference}", *secrets(), *proxy_arguments()]
     buildah(state, *build, ".")
@@ -151,16 +156,18 @@ def buildah(state: list[str], command: str, *arguments: str) -> None:
     run([*own, "buildah", *state, command, *arguments])
 
 
+def images(state: list[str], *arguments: str) -> list[str]:
+    """A line per image in buildah's storage."""
+    return output(["unshare", "--mount", "buildah", *state, "images", *arguments]).split()
+
+
 def make_base(state: list[str]) -> str:
     """A minimal base of the running distribution, made once and kept in buildah's storage."""
     sources = apt_sources()
     # A base is a snapshot of the archive: a new one each month keeps security updates coming.
     key = hashlib.sha256(f"{sources}{time.strftime('%Y-%m')}".encode()).hexdigest()[:12]
     image = f"{BASE_IMAGE}:{key}"
-    names = output(
-        ["unshare", "--mount", "buildah", *state, "images", "--format={{.Name}}:{{.Tag}}"]
-    )
-    if image in names.split():
+    if image in images(state, NAMES):
         return image
     print(f"making the base image {image} from the distribution's packages", flush=True)
     folder = CACHE / "image-base"
@@ -208,10 +215,7 @@ def apt_sources() -> str:
 
 def drop_older(state: list[str], reference: str) -> None:
     """Forget earlier images; their shared layers stay as the cache."""
-    names = output(
-        ["unshare", "--mount", "buildah", *state, "images", "--format={{.Name}}:{{.Tag}}"]
-    )
-    for name in names.split():
+    for name in images(state, NAMES):
         if name.startswith("localhost/weir:") and name != reference:
             buildah(state, "rmi", "--force", name)
 
