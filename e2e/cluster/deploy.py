@@ -40,6 +40,11 @@ def deploy(settings: Settings, progress: Progress) -> None:
     helm += ["--namespace=kube-system", f"--kubeconfig={KUBECONFIG}", *flags]
     _command("helm", [*helm, "--wait", f"--timeout={_HELM_TIMEOUT}"])
     progress.step("Weir installed by helm")
+    # helm is content with all nodes but maxUnavailable.
+    kubectl = [str(binary_folder() / "kubectl"), f"--kubeconfig={KUBECONFIG}"]
+    rollout = ["--namespace=kube-system", "rollout", "status", "daemonset/weir-agent"]
+    _command("kubectl", [*kubectl, *rollout, f"--timeout={_HELM_TIMEOUT}"])
+    progress.step("an agent ready on every node")
 
 
 def build_image() -> None:
