@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
@@ -24,6 +24,7 @@ from weir.datapath.datapath import Datapath
 from weir.datapath.settings import Settings, Sizes
 
 STEPS = 6
+SHORTEN_SECONDS = 20
 SIZES = Sizes(
     services=1024, backends=4096, endpoints=256, addresses=4096, prefixes=4096, routes=256,
     policy=65536, ct=131072, snat=64, sock_nat=64, events=1 << 20,
@@ -76,12 +77,27 @@ class Bench:
             node.close()
             self.counts += moments.counts
 
-    def fails(self, seed: int, script: Script) -> bool:
+
+def must_agree(run: Callable[[int, Script], None], seed: int, script: Script) -> None:
+    """A script that fails is cut down, then shown."""
+    try:
+        run(seed, script)
+    except Difference as difference:
+        short = shortest(script, lambda tried: _fails(run, seed, tried), SHORTEN_SECONDS)
+        lines = "\n".join(f"{number}: {a}" for number, step in enumerate(short) for a in step)
         try:
-            self.run(seed, script)
-        except Difference:
-            return True
-        return False
+            run(seed, short)
+        except Difference as again:
+            raise AssertionError(f"{again}\n{lines}") from difference
+        raise
+
+
+def _fails(run: Callable[[int, Script], None], seed: int, script: Script) -> bool:
+    try:
+        run(seed, script)
+    except Difference:
+        return True
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -102,18 +118,8 @@ def bench(private_mounts: None) -> Iterator[Bench]:
 )
 @given(seed=st.integers(0, 2**32))
 def test_node_and_model_agree(bench: Bench, seed: int) -> None:
-    """The script of a failing seed is cut down before it is shown."""
-    script = some_script(Random(seed), STEPS)
-    try:
-        bench.run(seed, script)
-    except Difference as difference:
-        short = shortest(script, lambda tried: bench.fails(seed, tried), 20)
-        try:
-            bench.run(seed, short)
-        except Difference as again:
-            lines = "\n".join(f"{number}: {a}" for number, step in enumerate(short) for a in step)
-            raise AssertionError(f"{again}\n{lines}") from difference
-        raise
+    """First packets, open flows in both directions, and Services, after each step."""
+    must_agree(bench.run, seed, some_script(Random(seed), STEPS))
 
 
 def policy_changes(rng: Random, count: int) -> Script:
@@ -132,4 +138,4 @@ def policy_changes(rng: Random, count: int) -> Script:
 @given(seed=st.integers(0, 2**32))
 def test_no_wrong_moment(bench: Bench, seed: int) -> None:
     """Row by row: what a change does not concern never sees it, whatever is written already."""
-    bench.run_row_by_row(seed, policy_changes(Random(seed), 8))
+    must_agree(bench.run_row_by_row, seed, policy_changes(Random(seed), 8))

@@ -97,6 +97,7 @@ POLICY_PORTS: list[Json] = [
     {"port": "api"},
     {"port": "nobody"},
 ]
+NAMED_PORTS = [port for port in POLICY_PORTS if isinstance(port.get("port"), str)]
 CONTAINER_PORTS: list[Json] = [
     {"name": "web", "containerPort": 80},
     {"name": "web", "containerPort": 8080},
@@ -159,10 +160,11 @@ def some_rules(rng: Random, side: str) -> list[Json]:
     made: list[Json] = []
     for _ in range(rng.choice([0, 1, 1, 2])):
         rule: Json = {}
-        if rng.random() < 0.85:
+        if rng.random() < 0.8:
             rule[side] = [some_peer(rng) for _ in range(rng.choice([0, 1, 1, 1, 2, 2]))]
         if rng.random() < 0.5:
-            rule["ports"] = rng.sample(POLICY_PORTS, rng.choice([0, 1, 1, 2]))
+            some = NAMED_PORTS if rng.random() < 0.3 else POLICY_PORTS
+            rule["ports"] = rng.sample(some, rng.choice([0, 1, 1, 2]))
         made.append(rule)
     return made
 

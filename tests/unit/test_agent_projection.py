@@ -199,14 +199,25 @@ def test_a_changed_policy_never_shows_a_mixture(
     new: list[Rule],
     other_subject: str,
 ) -> None:
-    """Other rules in one direction, or another subject."""
+    """Other rules in one direction, or another subject, or both."""
     versions = [
         Policy(subject, not egress, egress, tuple(r for r in rules if r.egress == egress))
         for rules in (old, new)
     ]
     watch(World(pods, {**others, "z": versions[0]}), World(pods, {**others, "z": versions[1]}), 0)
-    moved = Policy(other_subject, not egress, egress, versions[0].rules)
-    watch(World(pods, {**others, "z": versions[0]}), World(pods, {**others, "z": moved}), 0)
+    for version in versions:
+        moved = Policy(other_subject, not egress, egress, version.rules)
+        watch(World(pods, {**others, "z": versions[0]}), World(pods, {**others, "z": moved}), 0)
+
+
+def test_other_subjects_never_see_the_rules_that_went() -> None:
+    """Pod 1 comes to the policy when its rule is no longer the one that lets pod 4 in."""
+    pods = {1: Pod(frozenset("a")), 2: Pod(frozenset("ab")), 3: Pod(frozenset())}
+    pods |= {4: Pod(frozenset("c")), 5: Pod(frozenset("d"))}
+    closed = Policy("a", True, False)
+    old = Policy("b", True, False, (Rule(False, frozenset("c")),))
+    new = Policy("a", True, False, (Rule(False, frozenset("d")),))
+    watch(World(pods, {"q": closed, "z": old}), World(pods, {"q": closed, "z": new}), 0)
 
 
 @given(pods, policy_sets, st.sampled_from([n for n in PODS if n not in LOCAL]), selectors)

@@ -70,9 +70,13 @@ class RuleName:
 
 @dataclass(frozen=True, slots=True)
 class RuleSetKey:
+    """A policy that gets other subjects counts as another one: when its rules change with them,
+    no subject may be in a rule set that has old and new ones."""
+
     egress: bool
     policies: tuple[PolicyName, ...]
     ports: frozenset[NamedPort]  # the subject's, where an ingress rule names a port
+    subjects: tuple[str, ...] = ()  # of the policies, in their order
 
 
 @dataclass(slots=True)
@@ -240,7 +244,9 @@ class PolicyTables:
         if not names:
             return None
         ports = content.ports if uses_port_names and not egress else frozenset()
-        key = RuleSetKey(egress, tuple(sorted(names)), ports)
+        names.sort()
+        subjects = tuple(self._policies[name].subject for name in names)
+        key = RuleSetKey(egress, tuple(names), ports, subjects)
         rule_set = self._rule_sets.get(key)
         if rule_set is None:
             rule_set = RuleSet(self._numbers.acquire(key), key)
