@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +137,9 @@ def server(pod: str) -> Iterator[None]:
                 raise BenchError(f"the load server in pod {pod} did not start")
             yield
         finally:
-            # Ending kubectl does not end what it started in the pod.
-            execute(pod, "killall", "load")
+            # Ending kubectl does not end what it started in the pod; the pod goes soon as well.
+            with suppress(BenchError):
+                execute(pod, "killall", "load")
             process.kill()
 
 
