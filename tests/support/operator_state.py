@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from weir.api.address import Addr, Cidr, parse
+from weir.api.address import V4_PREFIX, Addr, Cidr, parse
 from weir.api.v1 import weir_pb2 as pb
 from weir.operator import kinds
 from weir.operator.compiler import Compiler
@@ -147,9 +147,20 @@ class View:
         return meant
 
     def check_classes(self) -> None:
-        """No two of equal content, none that nobody is in, no selector that nobody names."""
+        """No two of equal content but of different spaces (pods, IPv4, IPv6), none that is of two
+        or that nobody is in, no selector that nobody names."""
+        spaces: dict[int, set[str]] = {}
+        for kind in ("address", "prefix", "pod"):
+            for resource in self.named(kind):
+                message = getattr(resource, kind)
+                at = b""
+                if kind != "pod":
+                    at = message.address if kind == "address" else message.cidr.address
+                space = ("4" if at.startswith(V4_PREFIX) else "6") if at else kind
+                spaces.setdefault(class_of(message), set()).add(space)
+        assert all(len(found) == 1 for found in spaces.values()), spaces
         contents = [
-            (frozenset(c.selectors), tuple(str(p) for p in c.named_ports))
+            (*spaces[c.number], frozenset(c.selectors), tuple(str(p) for p in c.named_ports))
             for c in (getattr(r, "class") for r in self.named("class"))
         ]
         assert len(contents) == len(set(contents))

@@ -10,6 +10,7 @@ members move. `settle` works through the cells that changed and the classes they
 
 from __future__ import annotations
 
+import enum
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
@@ -20,10 +21,20 @@ from weir.operator.objects import Port
 M = TypeVar("M", bound=Hashable)
 
 
+class Space(enum.Enum):
+    """What a class is of. A class never holds members of two spaces, so that a block of all
+    IPv4 addresses, say, changes the content of classes but takes none apart."""
+
+    PODS = enum.auto()  # by uid: their labels and named ports alone
+    IPV4 = enum.auto()
+    IPV6 = enum.auto()
+
+
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What tells a class from others: the selectors, and the used named ports."""
+    """What tells a class from others: its space, the selectors, and the used named ports."""
 
+    space: Space
     selectors: frozenset[int]
     ports: frozenset[Port]
 
@@ -138,15 +149,17 @@ class Classes(Generic[M]):
                 chosen[content] = number
                 taken.add(number)
         before = {number: self._classes.pop(number) for number in involved}
-        for stayed in before.values():
-            self._by_content.pop(stayed.content, None)
+        had = {stayed.content: number for number, stayed in before.items()}
+        for content in had:
+            self._by_content.pop(content, None)
         changed: dict[int, Content] = {}
         for content in order:
             number = chosen.get(content, 0)
             if not number:
                 self._last += 1
                 number = self._last
-            self._fill(number, content, before, wanted.get(content, []))
+            old = had.get(content, 0)
+            self._fill(number, content, old, before.get(old), wanted.get(content, []))
             if number not in before or before[number].content != content:
                 changed[number] = content
         removed = [number for number in before if number not in self._classes]
@@ -156,18 +169,19 @@ class Classes(Generic[M]):
         self,
         number: int,
         content: Content,
-        before: dict[int, _Class[M]],
+        old: int,
+        stayed: _Class[M] | None,
         arriving: list[Cell[M]],
     ) -> None:
-        """Make class `number` of all cells with `content`: those that stayed, those arriving."""
+        """Make class `number` of all cells with `content`: those that stayed in the class that
+        had it, whose number was `old`, and those arriving."""
         made = _Class[M](content)
         moving = arriving
-        for old, stayed in before.items():
-            if stayed.content == content:
-                made.cells = stayed.cells
-                made.weight = stayed.weight
-                if old != number:
-                    moving = [*arriving, *stayed.cells]
+        if stayed is not None:
+            made.cells = stayed.cells
+            made.weight = stayed.weight
+            if old != number:
+                moving = [*arriving, *stayed.cells]
         made.cells.update(arriving)
         made.weight += sum(len(cell.members) for cell in arriving)
         for cell in moving:

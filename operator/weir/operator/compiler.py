@@ -12,9 +12,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from weir.api.address import Addr, Cidr
+from weir.api.address import Addr, Cidr, is_ipv4
 from weir.operator import resources
-from weir.operator.classes import Cell, Classes, Content
+from weir.operator.classes import Cell, Classes, Content, Space
 from weir.operator.matching import Group, Matcher
 from weir.operator.objects import EndpointSlice, Key, Namespace, Node, Pod, Service
 from weir.operator.policy import NetworkPolicy
@@ -22,6 +22,7 @@ from weir.operator.prefixes import Changes, Prefix, PrefixTree, SortedInts
 from weir.operator.resources import Change
 from weir.operator.selectors import IpBlock, Selector
 
+UNSENT = -1
 # What cells hold: a pod's address, a pod by uid (its labels alone), an ipBlock's prefix.
 Member = Addr | str | Cidr
 
@@ -70,7 +71,9 @@ class _Dirty:
     groups: set[Group] = field(default_factory=set)
     prefixes: set[Prefix] = field(default_factory=set)
     emptied: set[Group] = field(default_factory=set)
-    members: dict[object, str | None] = field(default_factory=dict)  # with a pod's node
+    # With the class number that was sent last (UNSENT: send in any case), and pods' nodes.
+    members: dict[object, int] = field(default_factory=dict)
+    nodes: dict[str, str] = field(default_factory=dict)
 
 
 class Compiler:
@@ -93,7 +96,7 @@ class Compiler:
         self._addresses = SortedInts()
         self._cells: dict[object, Cell[object]] = {}
         self._prefix_cells: dict[Prefix, Cell[object]] = {}
-        self._groups_at: dict[Prefix, set[Group]] = defaultdict(set)
+        self._groups_at: dict[Prefix | Space, set[Group]] = defaultdict(set)
         self._dirty = _Dirty()
         self._out: dict[str, Change] = {}
         self.refusals: list[Refusal] = []
@@ -215,8 +218,8 @@ class Compiler:
             placed.group = group
             if old_group is not None:
                 self._leave(old_group)
-        self._move(pod.uid, group, None)
-        self._dirty.members[pod.uid] = pod.node
+        self._move(pod.uid, group, Space.PODS)
+        self._tell_pod(pod)
         gone = [addr for addr in placed.addresses if addr not in addresses]
         placed.addresses = addresses
         placed.announced = announced
@@ -234,10 +237,14 @@ class Compiler:
         for addr in placed.addresses:
             self._unclaim(addr, placed)
         placed.addresses = ()
-        self._move(placed.pod.uid, None, None)
-        self._dirty.members[placed.pod.uid] = placed.pod.node
+        self._move(placed.pod.uid, None, Space.PODS)
+        self._tell_pod(placed.pod)
         self._leave(placed.group)
         placed.group = None
+
+    def _tell_pod(self, pod: Pod) -> None:
+        self._dirty.members[pod.uid] = UNSENT
+        self._dirty.nodes[pod.uid] = pod.node
 
     def _leave(self, group: Group) -> None:
         group.pods -= 1
@@ -251,33 +258,38 @@ class Compiler:
             return
         del self._claims[addr]
         self._addresses.discard(int.from_bytes(addr, "big"))
-        self._move(addr, None, None)
+        self._move(addr, None, _space(addr))
+        self._dirty.members[addr] = UNSENT
 
     def _settle_claim(self, addr: Addr) -> None:
         claims = self._claims[addr]
         if len(claims) > 1:
             claims.sort(key=_Placed.rank, reverse=True)
-        number = int.from_bytes(addr, "big")
-        self._addresses.add(number)
-        self._move(addr, claims[0].group, self._tree.lookup(number))
+        self._addresses.add(int.from_bytes(addr, "big"))
+        self._locate(addr)
+        self._dirty.members[addr] = UNSENT  # its owner may be another
 
-    def _move(self, member: Member, group: Group | None, prefix: Prefix | None) -> None:
-        """Into the cell of a group and a prefix, out of the one it is in; no group: only out."""
+    def _locate(self, addr: Addr) -> None:
+        """Bring an address to the cell of its longest prefix."""
+        prefix = self._tree.lookup(int.from_bytes(addr, "big"))
+        self._move(addr, self._claims[addr][0].group, prefix or _space(addr))
+
+    def _move(self, member: Member, group: Group | None, at: Prefix | Space) -> None:
+        """Into the cell of a group and a place, out of the one it is in; no group: only out."""
         old = self._cells.get(member)
         new: Cell[object] | None = None
         if group is not None:
-            new = group.cells.get(prefix)
+            new = group.cells.get(at)
             if new is None:
-                new = group.cells[prefix] = Cell(self._content(group, prefix))
-                if prefix is not None:
-                    self._groups_at[prefix].add(group)
+                new = group.cells[at] = Cell(self._content(group, at))
+                self._groups_at[at].add(group)
+        self._dirty.members.setdefault(member, old.number if old else UNSENT)
         if old is not None and old is not new:
             self._classes.discard(old, member)
             del self._cells[member]
         if new is not None:
             self._classes.add(new, member)
             self._cells[member] = new
-        self._dirty.members.setdefault(member, None)
 
     # Policies
 
@@ -337,27 +349,75 @@ class Compiler:
             cell = self._prefix_cells[prefix] = Cell(self._prefix_content(prefix))
             self._cells[prefix.cidr] = cell
             self._classes.add(cell, prefix.cidr)
-            self._dirty.members[prefix.cidr] = None
+            self._dirty.members[prefix.cidr] = UNSENT
         for prefix in changes.removed:
             self._classes.discard(self._prefix_cells.pop(prefix), prefix.cidr)
             del self._cells[prefix.cidr]
-            self._dirty.members[prefix.cidr] = None
-        for prefix in (*changes.added, *changes.removed):
-            for number in self._addresses.between(prefix.first, prefix.last):
-                self._settle_claim(Addr(number.to_bytes(16, "big")))
+            self._dirty.members[prefix.cidr] = UNSENT
+        for prefix in sorted(changes.added, key=lambda prefix: prefix.cidr.bits):
+            self._fill(prefix)
         for prefix in changes.removed:
-            self._dirty.emptied.update(self._groups_at.get(prefix, ()))
+            self._clear(prefix)
             self._dirty.prefixes.discard(prefix)
+
+    def _home(self, prefix: Prefix) -> Prefix | Space:
+        """Where addresses in a prefix are that are in no longer one than this one's parent."""
+        parent = self._tree.parent(prefix)
+        space = _space(prefix.cidr.address)
+        return parent if parent is not None and _space(parent.cidr.address) is space else space
+
+    def _fill(self, prefix: Prefix) -> None:
+        """Take to a new prefix what is in it, by whole cells if that is most of its parent."""
+        inside = self._addresses.between(prefix.first, prefix.last)
+        if len(inside) * 2 < len(self._claims):
+            for number in inside:
+                self._locate(Addr(number.to_bytes(16, "big")))
+            return
+        home = self._home(prefix)
+        first, last = (Addr(n.to_bytes(16, "big")) for n in (prefix.first, prefix.last))
+        for group in list(self._groups_at.get(home, ())):
+            cell = group.cells[home]
+            found = [a for a in cell.members if isinstance(a, bytes) and first <= a <= last]
+            if len(found) == len(cell.members):
+                self._rename(group, home, prefix)
+            else:
+                for addr in found:
+                    self._locate(Addr(addr))
+
+    def _clear(self, prefix: Prefix) -> None:
+        """Take what is in a removed prefix to its parent."""
+        home = self._home(prefix)
+        for group in list(self._groups_at.get(prefix, ())):
+            if home not in group.cells:
+                self._rename(group, prefix, home)
+            else:
+                for addr in list(group.cells[prefix].members):
+                    if isinstance(addr, bytes):
+                        self._locate(Addr(addr))
+                self._dirty.emptied.add(group)
+
+    def _rename(self, group: Group, old: Prefix | Space, new: Prefix | Space) -> None:
+        """A cell's place, without touching its members."""
+        cell = group.cells[new] = group.cells.pop(old)
+        self._groups_at[old].discard(group)
+        if not self._groups_at[old]:
+            del self._groups_at[old]
+        self._groups_at[new].add(group)
+        cell.content = self._content(group, new)
+        self._classes.touch(cell)
 
     # Contents and output
 
-    def _content(self, group: Group, prefix: Prefix | None) -> Content:
-        numbers = frozenset(group.selectors if prefix is None else group.selectors | prefix.blocks)
+    def _content(self, group: Group, at: Prefix | Space) -> Content:
         used = self._used_ports
-        return Content(numbers, frozenset(p for p in group.ports if (p.name, p.protocol) in used))
+        ports = frozenset(p for p in group.ports if (p.name, p.protocol) in used)
+        if isinstance(at, Space):
+            return Content(at, frozenset(group.selectors), ports)
+        return Content(_space(at.cidr.address), frozenset(group.selectors | at.blocks), ports)
 
     def _prefix_content(self, prefix: Prefix) -> Content:
-        return Content(frozenset(prefix.blocks), frozenset())
+        space = _space(prefix.cidr.address)
+        return Content(space, frozenset(prefix.blocks), frozenset())
 
     def flush(self) -> list[Change]:
         """What changed since the last flush. Later ones may refer to earlier ones, never back."""
@@ -375,22 +435,21 @@ class Compiler:
         changes = list(self._out.values())
         self._out = {}
         changes += [resources.policy_class(n, content) for n, content in settled.changed.items()]
-        changes += self._members(dirty.members, settled.moved)
+        changes += self._members(dirty, settled.moved)
         changes += [resources.policy_class(n, None) for n in settled.removed]
         self._sweep(dirty.emptied)
         return changes
 
-    def _members(
-        self, dirty: dict[object, str | None], moved: Iterable[object]
-    ) -> Iterable[Change]:
-        members: dict[object, str | None] = {**dict.fromkeys(moved), **dirty}
-        for member, node in members.items():
+    def _members(self, dirty: _Dirty, moved: Iterable[object]) -> Iterable[Change]:
+        for member in {**dict.fromkeys(moved), **dirty.members}:
             cell = self._cells.get(member)
             number = cell.number if cell else None
+            if number is not None and dirty.members.get(member, UNSENT) == number:
+                continue  # it went to another cell of its class
             if isinstance(member, str):
                 placed = self._by_uid.get(member)
-                where = placed.pod.node if placed else node
-                yield resources.pod(member, where or "", placed.pod if placed else None, number)
+                where = placed.pod.node if placed else dirty.nodes.get(member, "")
+                yield resources.pod(member, where, placed.pod if placed else None, number)
             elif isinstance(member, Cidr):
                 yield resources.prefix(member, number)
             elif isinstance(member, bytes):
@@ -400,12 +459,11 @@ class Compiler:
     def _sweep(self, groups: Iterable[Group]) -> None:
         """Drop what has no pods left; only now, so that a class that refills keeps its number."""
         for group in groups:
-            for prefix in [at for at, cell in group.cells.items() if not cell.members]:
-                del group.cells[prefix]
-                if prefix is not None:
-                    self._groups_at[prefix].discard(group)
-                    if not self._groups_at[prefix]:
-                        del self._groups_at[prefix]
+            for place in [at for at, cell in group.cells.items() if not cell.members]:
+                del group.cells[place]
+                self._groups_at[place].discard(group)
+                if not self._groups_at[place]:
+                    del self._groups_at[place]
             if not group.pods:
                 self._matcher.drop(group)
 
@@ -425,6 +483,10 @@ class Compiler:
             "prefixes": len(self._prefix_cells),
             "announced": len(self._announced),
         }
+
+
+def _space(addr: Addr) -> Space:
+    return Space.IPV4 if is_ipv4(addr) else Space.IPV6
 
 
 def _selectors(policy: NetworkPolicy) -> list[Selector]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from weir.operator.classes import Cell
+from weir.operator.classes import Cell, Space
 from weir.operator.objects import Labels, Port
 from weir.operator.prefixes import Prefix
 from weir.operator.selectors import InNamespace, InNamespaces, LabelSelector, Pods, Scope
@@ -26,7 +26,8 @@ V = TypeVar("V")
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """Pods that no selector can tell apart; in cells by the prefix that their addresses are in."""
+    """Pods that no selector can tell apart; in cells by the prefix that their addresses are
+    in, or the space of those in none."""
 
     namespace: str
     labels: Labels
@@ -34,7 +35,7 @@ class Group:
     by_key: dict[str, str]
     pods: int = 0
     selectors: set[int] = field(default_factory=set)
-    cells: dict[Prefix | None, Cell[object]] = field(default_factory=dict)
+    cells: dict[Prefix | Space, Cell[object]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
