@@ -19,7 +19,8 @@ from typing import Any
 
 from weir.api.address import Addr
 from weir.operator.compiler import Compiler
-from weir.operator.objects import Key, Problem
+from weir.operator.objects import Key, Node, Problem
+from weir.operator.podcidrs import PodCidrs
 from weir.operator.revisions import Revisions
 
 logger = logging.getLogger(__name__)
@@ -37,10 +38,13 @@ class Model:
     revisions: Revisions
     gap: float
     on_synced: Callable[[], None]
+    on_conflict: Callable[[Node, tuple[Problem, ...]], None] = lambda _node, _problems: None
     compiler: Compiler = field(default_factory=Compiler)
+    conflicts: dict[str, tuple[Problem, ...]] = field(default_factory=dict)  # by node
     compile_seconds: float = 0.0
     compilations: int = 0
     problem_count: int = 0
+    _pod_cidrs: PodCidrs = field(default_factory=PodCidrs)
     _waiting: dict[str, dict[Key, object]] = field(default_factory=dict)
     _synced: set[str] = field(default_factory=set)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -123,7 +127,7 @@ class Model:
             case "NetworkPolicy":
                 self.compiler.policy(key, new)
             case "Node":
-                self.compiler.node(key, new)
+                self._node(key, new)
             case "Pod":
                 self.compiler.pod(key, new)
             case "Service":
@@ -131,6 +135,19 @@ class Model:
             case "EndpointSlice":
                 self.compiler.slice(key, new)
         self.compile_seconds += time.perf_counter() - started
+
+    def _node(self, key: Key, new: Node | None) -> None:
+        if new is None:
+            self.conflicts.pop(key.name, None)
+            self.compiler.node(key, None)
+        for name, (node, problems) in self._pod_cidrs.change(key.name, new).items():
+            self.compiler.node(node.key, node)
+            known = self.conflicts.pop(name, ())
+            if problems:
+                self.conflicts[name] = problems
+            if problems != known:
+                self.problems("Node", node.key, problems)
+                self.on_conflict(node, problems)
 
     def _publish(self, always: bool = False) -> None:
         self._changed.clear()

@@ -99,6 +99,8 @@ class Node:
     key: Key
     addresses: tuple[Addr, ...]  # InternalIPs first
     pod_cidrs: tuple[Cidr, ...]
+    created: str = ""  # as a pod's
+    uid: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +237,11 @@ def parse_node(raw: wire.Node) -> Parsed[Node]:
             cidrs.append(parse_cidr(text))
         except ValueError as error:
             problems.append(Problem("spec.podCIDRs", str(error)))
-    return Parsed(Node(key_of(raw.metadata), addresses, tuple(cidrs)), tuple(problems))
+    meta = raw.metadata
+    node = Node(
+        key_of(meta), addresses, tuple(cidrs), created=meta.creation_timestamp or "", uid=meta.uid
+    )
+    return Parsed(node, tuple(problems))
 
 
 def parse_pod(raw: wire.Pod) -> Parsed[Pod]:

@@ -33,6 +33,7 @@ HELP = {
     "weir_operator_compile_seconds_total": ("counter", "Time spent compiling and encoding."),
     "weir_operator_compilations_total": ("counter", "Compilations."),
     "weir_operator_problems_total": ("counter", "Problems found in objects."),
+    "weir_operator_pod_cidr_conflicts": ("gauge", "Nodes whose pod CIDR is another node's."),
     "weir_operator_leader": ("gauge", "1 on the replica that writes to the API server."),
 }
 

@@ -204,13 +204,11 @@ class Writer:
 
     async def _mark_ready(self, name: str) -> None:
         path = f"/api/v1/nodes/{name}"
-        try:
-            node = msgspec.json.decode(await self.api.get(path), type=_Node)
-        except msgspec.DecodeError as error:
-            raise ApiError(f"GET {path}", 400, f"cannot be read: {error}") from error
+        node = await self._node(path)
         conditions = node.status.conditions or []
         if any(c.type == "NetworkUnavailable" and c.status != "False" for c in conditions):
             await self._network_available(path)
+            node = await self._node(path)  # of another version now
         taints = node.spec.taints or []
         kept = [taint for taint in taints if taint.key != TAINT]
         if len(kept) == len(taints):
@@ -222,6 +220,12 @@ class Writer:
         }
         await self.api.patch(path, patch, "application/merge-patch+json")
         logger.info("%s: took taint %s off", name, TAINT)
+
+    async def _node(self, path: str) -> _Node:
+        try:
+            return msgspec.json.decode(await self.api.get(path), type=_Node)
+        except msgspec.DecodeError as error:
+            raise ApiError(f"GET {path}", 400, f"cannot be read: {error}") from error
 
     async def _network_available(self, path: str) -> None:
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

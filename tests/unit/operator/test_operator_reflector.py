@@ -307,5 +307,6 @@ async def test_a_server_that_fails_is_left_for_one_that_was_learned() -> None:
         w.reflector.api.learn(other)
         w.api.faults.watches.extend([500])
         w.api.drop_watches()
-        await w.until(lambda: w.reflector.api.server == other)
+        await w.until(lambda: w.reflector.failures)
+        assert w.reflector.api.server == other
         await w.names("a", "b")

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pod CIDRs that overlap: the older node keeps them, whatever the order in which they come."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from weir.api.address import parse_cidr
+from weir.operator.model import Model
+from weir.operator.objects import Key, Node, Problem
+from weir.operator.revisions import Revisions
+
+
+def node(name: str, created: int, *cidrs: str) -> Node:
+    claims = tuple(parse_cidr(text) for text in cidrs)
+    return Node(Key("", name), (), claims, created=f"2030-01-0{created}T00:00:00Z", uid=name)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_the_oldest_keeps_it_and_others_are_named(order: tuple[int, ...]) -> None:
+    told: dict[str, tuple[Problem, ...]] = {}
+    model = Model(
+        Revisions("one"), 0.0, lambda: None, lambda n, problems: told.update({n.key.name: problems})
+    )
+    nodes = [
+        node("a", 1, "10.0.0.0/24", "fd00::/64"),
+        node("b", 2, "10.0.0.0/16", "fd01::/64"),
+        node("c", 3, "10.0.1.0/24"),
+    ]
+    for i in order:
+        model._node(nodes[i].key, nodes[i])
+    assert [c.text() for c in model.compiler._nodes["a"].pod_cidrs] == ["10.0.0.0/24", "fd00::/64"]
+    assert [c.text() for c in model.compiler._nodes["b"].pod_cidrs] == ["fd01::/64"]
+    assert model.compiler._nodes["c"].pod_cidrs == ()
+    assert set(model.conflicts) == {"b", "c"}
+    (problem,) = told["b"]
+    assert "10.0.0.0/16 of node b overlaps a pod CIDR of node a" in problem.message
+
+    model._node(nodes[1].key, None)
+    assert [c.text() for c in model.compiler._nodes["c"].pod_cidrs] == ["10.0.1.0/24"]
+    assert not model.conflicts
+    assert told["c"] == ()
