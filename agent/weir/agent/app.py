@@ -211,7 +211,7 @@ class App:
         while True:
             await self._state.changed.wait()
             self._state.changed.clear()
-            revision = self._state.position.revision
+            revision = self._state.applied
             try:
                 await self.reconciler.flush()
             except DatapathError:

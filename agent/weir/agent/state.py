@@ -32,6 +32,9 @@ class DesiredState:
         self._rejected: dict[str, str] = {}
         self._numbers: tuple[int, ...] = ()
         self.changed = asyncio.Event()
+        self.applied = 0
+        """The revision whose resources the projection has: the store may be ahead, as it is
+        while a large change is parsed. Only this one may be acknowledged."""
 
     @property
     def position(self) -> Position:
@@ -48,6 +51,7 @@ class DesiredState:
     async def restore(self) -> None:
         numbering.restore(self._projection, self._store.numbers)
         await self._use(self._store.resources)
+        self.applied = self.position.revision
         if self.position.complete:
             self._reconciler.release()
         logger.info(
@@ -59,7 +63,7 @@ class DesiredState:
 
     async def change(self, encoded: list[bytes], removed: list[str], position: Position) -> None:
         await self._use(self._store.apply(encoded, removed, position).changed)
-        self._announce()
+        self._announce(position)
 
     async def snapshot(self, encoded: list[bytes], position: Position) -> None:
         named: dict[str, bytes] = {}
@@ -79,10 +83,11 @@ class DesiredState:
             len(changed),
         )
         await self._use(changed)
-        self._announce()
+        self._announce(position)
         self._reconciler.release()
 
-    def _announce(self) -> None:
+    def _announce(self, position: Position) -> None:
+        self.applied = position.revision
         self.changed.set()
         self._reconciler.wake()
 
