@@ -8,9 +8,18 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from support.agents import (
+    SHIM,
+    AgentNode,
+    class_resource,
+    node_resource,
+    pod_resource,
+    selector_resource,
+)
 from support.datapaths import place
 from support.namespaces import NetNs
 from support.objects import compile_mini
+from support.operators import ScriptedOperator
 
 from weir.datapath import features
 from weir.datapath.datapath import Datapath
@@ -18,6 +27,7 @@ from weir.datapath.features import Features
 from weir.datapath.settings import Settings, Sizes
 
 Compile = Callable[..., Path]
+CIDRS = ["10.244.1.0/24", "fd00:244:1::/64"]
 
 
 @pytest.fixture(scope="session")
@@ -104,3 +114,48 @@ def netns() -> Iterator[Callable[[], NetNs]]:
             return made
 
         yield make
+
+
+@pytest.fixture
+def operator() -> Iterator[ScriptedOperator]:
+    made = ScriptedOperator()
+    made.set(
+        node_resource("node1", ["192.0.2.1", "2001:db8::1"], CIDRS),
+        node_resource("node2", ["192.0.2.2", "2001:db8::2"], ["10.244.2.0/24", "fd00:244:2::/64"]),
+        selector_resource(1, "pods ns=ns app=a"),
+        selector_resource(2, "pods ns=ns app=b"),
+        class_resource(1, 1),
+        class_resource(2, 2),
+        class_resource(3),
+        pod_resource("a", 1),
+        pod_resource("b", 2),
+        pod_resource("c", 3),
+    )
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def agent(tmp_path: Path, operator: ScriptedOperator) -> Iterator[AgentNode]:
+    assert SHIM.exists(), "build the shim: make shim"
+    with ExitStack() as stack:
+        pins, cgroup = stack.enter_context(place())
+        operator._where = _nowhere()
+        made = AgentNode(tmp_path, pins, cgroup, operator)
+        operator._where = made.node.entered()
+        port = operator.start()
+        made.config["operators"] = [f"127.0.0.1:{port}"]
+        stack.callback(made.close)
+        yield made
+
+
+def _nowhere() -> ExitStack:
+    return ExitStack()
+
+
+@pytest.fixture
+def pods() -> Iterator[dict[str, NetNs]]:
+    made = {name: NetNs() for name in "abc"}
+    yield made
+    for pod in made.values():
+        pod.close()

@@ -13,74 +13,18 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 from support.agents import (
-    SHIM,
     AgentNode,
     UnixConnection,
-    class_resource,
-    node_resource,
-    pod_resource,
-    selector_resource,
     service_resources,
 )
-from support.datapaths import place
 from support.namespaces import NetNs
 from support.operators import ScriptedOperator
 from support.traffic import Echo, connects, deny_all, eventually
 
 from weir.api.v1 import weir_pb2 as pb
-
-CIDRS = ["10.244.1.0/24", "fd00:244:1::/64"]
-
-
-@pytest.fixture
-def operator() -> Iterator[ScriptedOperator]:
-    made = ScriptedOperator()
-    made.set(
-        node_resource("node1", ["192.0.2.1", "2001:db8::1"], CIDRS),
-        node_resource("node2", ["192.0.2.2", "2001:db8::2"], ["10.244.2.0/24", "fd00:244:2::/64"]),
-        selector_resource(1, "pods ns=ns app=a"),
-        selector_resource(2, "pods ns=ns app=b"),
-        class_resource(1, 1),
-        class_resource(2, 2),
-        class_resource(3),
-        pod_resource("a", 1),
-        pod_resource("b", 2),
-        pod_resource("c", 3),
-    )
-    yield made
-    made.stop()
-
-
-@pytest.fixture
-def agent(tmp_path: Path, operator: ScriptedOperator) -> Iterator[AgentNode]:
-    assert SHIM.exists(), "build the shim: make shim"
-    with ExitStack() as stack:
-        pins, cgroup = stack.enter_context(place())
-        operator._where = _nowhere()
-        made = AgentNode(tmp_path, pins, cgroup, operator)
-        operator._where = made.node.entered()
-        port = operator.start()
-        made.config["operators"] = [f"127.0.0.1:{port}"]
-        stack.callback(made.close)
-        yield made
-
-
-def _nowhere() -> ExitStack:
-    return ExitStack()
-
-
-@pytest.fixture
-def pods() -> Iterator[dict[str, NetNs]]:
-    made = {name: NetNs() for name in "abc"}
-    yield made
-    for pod in made.values():
-        pod.close()
 
 
 def test_pods_are_wired_and_policy_decides(
