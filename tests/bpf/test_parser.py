@@ -65,6 +65,17 @@ def test_fragments_to_a_service_and_out(node: Node, net: Book) -> None:
     assert later.packet[14:] == bytes(later_fragment(net, net.node, net.world))
 
 
+@pytest.mark.parametrize("mapped", ["source", "destination", "both"])
+def test_mapped_addresses_in_ipv6_headers_are_no_ipv4(node: Node, mapped: str) -> None:
+    source, target = BOOKS[6].a, BOOKS[6].b
+    if mapped != "destination":
+        source = f"::ffff:{BOOKS[4].a}"
+    if mapped != "source":
+        target = f"::ffff:{BOOKS[4].b}"
+    out = node.from_pod("a", IPv6(src=source, dst=target) / UDP(sport=1, dport=2))
+    assert (out.code, out.drops) == (TC_ACT_SHOT, {DropReason.MALFORMED: 1})
+
+
 def test_fragments_for_the_host_pass(node: Node, net: Book) -> None:
     assert node.arrives(later_fragment(net, net.world, net.node)).code == TC_ACT_OK
     out = node.arrives(later_fragment(net, net.world, net.a))

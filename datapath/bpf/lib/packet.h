@@ -244,6 +244,9 @@ static __always_inline int parse_ipv6(struct __sk_buff *ctx, struct cursor *curs
 
 	__builtin_memcpy(&packet->flow.source, &ip.saddr, sizeof(packet->flow.source));
 	__builtin_memcpy(&packet->flow.destination, &ip.daddr, sizeof(packet->flow.destination));
+	/* Mapped addresses never go on a wire (RFC 4291, 2.5.5.2); here they would pass for IPv4. */
+	if (address_is_ipv4(&packet->flow.source) || address_is_ipv4(&packet->flow.destination))
+		return -DROP_MALFORMED;
 	packet->ipv6 = 1;
 	packet->dont_fragment = 1;
 	packet->hop_limit = ip.hop_limit;
