@@ -116,13 +116,21 @@ class DesiredState:
             self._numbers = versions
         if not self._store.dirty or not self._store.position.complete:
             return
-        pending = self._store.take_pending()
+        writing = asyncio.ensure_future(asyncio.to_thread(self._store.take_pending().write))
         try:
-            size = await asyncio.to_thread(pending.write)
-        except OSError:
-            self._store.failed()
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            # The thread goes on: the last write, at the end, must not begin beside it.
+            await asyncio.wait([writing])
             raise
-        self._store.written(size)
+        except OSError:
+            pass
+        finally:
+            if writing.done() and writing.exception() is None:
+                self._store.written(writing.result())
+            else:
+                self._store.failed()
+        writing.result()
 
     async def keep_persisting(self) -> None:
         while True:
