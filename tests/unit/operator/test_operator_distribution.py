@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,13 +14,16 @@ import grpc
 import grpc.aio
 import pytest
 from blockbuster import blockbuster_ctx
+from support.apiserver import FakeApi
 
 from weir.api.address import Addr, parse
 from weir.api.v1 import weir_pb2 as pb
 from weir.api.v1 import weir_pb2_grpc as pb_grpc
 from weir.operator import tls
+from weir.operator.api import Api
 from weir.operator.auth import AuthError, Identity, Unavailable
 from weir.operator.distribution import OPTIONS, Distribution
+from weir.operator.kubeconfig import Access
 from weir.operator.resources import Change
 from weir.operator.revisions import BATCH_RESOURCES, Log, Revisions
 
@@ -357,3 +361,41 @@ async def test_a_hundred_agents_at_once() -> None:
         w.revisions.publish([change("r0", "2")])
         await asyncio.wait_for(asyncio.gather(*(agent.change() for agent in agents)), 20)
         assert {agent.held["r0"] for agent in agents} == {"2"}
+
+
+async def test_a_renewed_certificate_serves_without_a_restart() -> None:
+    # Made a while ago, so that both certificates are valid today.
+    fake, now = FakeApi(), [datetime.datetime.now(datetime.UTC) - tls.CERT_LIFE * 0.7]
+    async with fake.serve() as at, Api(Access((at,))) as api:
+        certificates = tls.Certificates(api, "ns", lambda: now[0])
+        await certificates.start()
+        first = certificates.bundle
+        assert first is not None
+        revisions = Revisions("one")
+        revisions.publish([change("a", "1")])
+        distribution = Distribution(revisions, authenticate, Announced(), lambda _: None)
+        distribution.synced.set()
+        server = grpc.aio.server(options=OPTIONS)
+        server.add_generic_rpc_handlers([distribution.handler()])
+        port = server.add_secure_port("127.0.0.1:0", certificates.server_credentials())
+        await server.start()
+        try:
+            context = ssl.create_default_context(cadata=first.ca_cert.decode())
+
+            async def serial() -> str:
+                _, writer = await asyncio.open_connection(
+                    "127.0.0.1", port, ssl=context, server_hostname=tls.SERVER_NAME
+                )
+                found = dict(writer.get_extra_info("peercert"))["serialNumber"]
+                writer.transport.abort()
+                return str(found)
+
+            before = await serial()
+            now[0] += tls.CERT_LIFE * 0.7
+            await certificates.refresh()
+            assert certificates.bundle != first
+            after = await serial()  # verified by the CA that the agent remembers
+            assert before != after
+        finally:
+            distribution.closing.set()
+            await server.stop(0)
