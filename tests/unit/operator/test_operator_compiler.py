@@ -345,3 +345,28 @@ def test_a_split_moves_the_smaller_part() -> None:
     state.flush()
     assert {class_of(r.address) for r in state.view.named("address")} == {before}
     state.view.check_classes()
+
+
+def test_alike_pods_in_and_out_of_a_block_are_one_cell_again_when_it_goes() -> None:
+    state = State()
+
+    def policy(name: str, *peers: Json) -> None:
+        rules = [{"from": list(peers)}] if peers else []
+        spec = {"podSelector": {}, "policyTypes": ["Ingress"], "ingress": rules}
+        meta = {"name": name, "namespace": "ns"}
+        state.set("NetworkPolicy", key("ns", name), {"metadata": meta, "spec": spec})
+        state.flush()
+
+    state.set("Namespace", key("", "ns"), {"metadata": {"name": "ns"}})
+    addresses = ["10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.200"]
+    for i, address in enumerate(addresses):
+        meta = {"name": f"p{i}", "namespace": "ns", "uid": f"u{i}", "labels": {"app": "a"}}
+        body = {"metadata": meta, "spec": {"nodeName": "n"}, "status": {"podIP": address}}
+        state.set("Pod", key("ns", f"p{i}"), body)
+    policy("block", {"ipBlock": {"cidr": "10.0.0.0/25"}})  # most of them, not all
+    assert state.view.at("10.0.0.1") != state.view.at("10.0.0.200")
+    policy("block")
+    policy("later", {"podSelector": {"matchLabels": {"app": "a"}}})
+    assert len({class_of(r.address) for r in state.view.named("address")}) == 1
+    assert len(state.view.at("10.0.0.200")[0]) == 2  # the subject and the peer
+    state.view.check_classes()
