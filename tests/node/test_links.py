@@ -18,10 +18,12 @@ from node.conftest import Installation
 from support.namespaces import NetNs, veth
 from support.timing import SCALE
 
+from weir.datapath import datapath as datapath_module
 from weir.datapath import libbpf
 from weir.datapath.datapath import Datapath
 from weir.datapath.errors import DeviceGone
 from weir.datapath.features import Features
+from weir.datapath.links import Attachment
 from weir.datapath.records import MetricKey
 
 pytestmark = pytest.mark.core
@@ -29,6 +31,16 @@ pytestmark = pytest.mark.core
 SWAPS = 40
 WAIT = f"-W{2 * SCALE:.0f}"
 SO_RCVBUFFORCE = 33  # the socket module has no name for it
+
+
+LASTING = (Attachment("to_pod", egress=True), Attachment("from_pod", egress=False))
+BRIEF = datapath_module.POD
+
+
+@pytest.fixture(autouse=True)
+def lasting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test programs have a pod's names but are attached as to an uplink: by TCX, if there."""
+    monkeypatch.setattr(datapath_module, "POD", LASTING)
 
 
 @pytest.fixture
@@ -202,3 +214,43 @@ def test_clsact_filters_of_others_stay(
         Datapath.remove(installation.root)
     assert host.run(*show) == before
     assert "handle 0x5 to_pod" in before
+
+
+def test_pods_are_attached_without_waiting_for_rcu(
+    installation: Installation,
+    netns: Callable[[], NetNs],
+    kernel: Features,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By filters on every kernel; one removed behind our back is missed and put back."""
+    monkeypatch.setattr(datapath_module, "POD", BRIEF)
+    monkeypatch.setattr(datapath_module, "ROLES", (BRIEF,))
+    host, pod = netns(), netns()
+    veth("veth0", host, "eth0", pod)
+    show = ("tc", "filter", "show", "dev", "veth0", "ingress")
+    with host.entered():
+        datapath = installation.open(kernel=kernel)
+        datapath.attach_pod("veth0")
+        assert "handle 0x1 from_pod" in host.run(*show)
+        assert datapath.attached() == {"veth0"}
+        host.run("tc", "filter", "del", "dev", "veth0", "ingress")
+        assert datapath.attached() == set()
+        datapath.attach_pod("veth0")
+        assert datapath.attached() == {"veth0"}
+
+
+def test_a_tcx_link_of_a_pod_becomes_a_filter(
+    installation: Installation,
+    pair: tuple[NetNs, NetNs],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host, pod = pair
+    with host.entered():
+        datapath = installation.open()
+        datapath.attach_pod("veth0")
+        monkeypatch.setattr(datapath_module, "POD", BRIEF)
+        datapath.attach_pod("veth0")
+        assert "handle 0x1 from_pod" in host.run("tc", "filter", "show", "dev", "veth0", "ingress")
+        pod.run("ping", "-c1", WAIT, "192.0.2.1")
+        counted = dict(datapath.tables.metrics.items())
+    assert sum(row.packets for row in counted.values()) >= 1

@@ -32,7 +32,10 @@ from weir.datapath.table import PerCpuTable, Table
 
 logger = logging.getLogger(__name__)
 
-POD = (Attachment("to_pod", egress=True), Attachment("from_pod", egress=False))
+POD = (
+    Attachment("to_pod", egress=True, brief=True),
+    Attachment("from_pod", egress=False, brief=True),
+)
 UPLINK = (Attachment("to_uplink", egress=True), Attachment("from_uplink", egress=False))
 OVERLAY = (Attachment("to_overlay", egress=True), Attachment("from_overlay", egress=False))
 ROLES = (POD, UPLINK, OVERLAY)
