@@ -8,8 +8,6 @@ working Service and so comes last. Credentials are the pod's ServiceAccount. Out
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 import ssl
 import tempfile
@@ -88,25 +86,30 @@ def in_cluster(
 
 
 def from_file(path: Path) -> Access:
-    """Access by the current context of a kubeconfig file."""
-    content = _load(path)
-    cluster = _cluster(content, path)
-    context = _context(content, path)
-    user = _named(content, "users", "user", context.get("user"), path)
-    for unsupported in ("exec", "auth-provider"):
-        if unsupported in user:
-            raise KubeconfigError(f"{path}: users with {unsupported} are not supported")
-    if cluster.get("insecure-skip-tls-verify"):
-        raise KubeconfigError(f"{path}: insecure-skip-tls-verify is not supported")
-    token_file = user.get("tokenFile")
-    return Access(
-        servers=(str(cluster["server"]).rstrip("/"),),
-        ca=_pem(cluster, "certificate-authority", path),
-        token_file=path.parent / token_file if token_file else None,
-        token=str(user.get("token", "")),
-        cert=_pem(user, "client-certificate", path),
-        key=_pem(user, "client-key", path),
-    )
+    """Access by the current context of a kubeconfig file, as kubectl would read it."""
+    # Imported here: a pod does without its 40 MB, and the image without the package.
+    try:
+        from kubernetes import client, config  # noqa: PLC0415
+    except ImportError as error:
+        raise KubeconfigError(f"{path}: install weir[outside] to use a kubeconfig") from error
+    loaded = client.Configuration()
+    try:
+        config.load_kube_config(  # type: ignore[no-untyped-call]
+            str(path), client_configuration=loaded
+        )
+        return Access(
+            servers=(str(loaded.host).rstrip("/"),),
+            ca=_content(loaded.ssl_ca_cert),
+            token=str(loaded.api_key.get("BearerToken", "")).removeprefix("Bearer ").strip(),
+            cert=_content(loaded.cert_file),
+            key=_content(loaded.key_file),
+        )
+    except (config.ConfigException, OSError, ValueError) as error:
+        raise KubeconfigError(f"{path}: {error}") from error
+
+
+def _content(file: str | None) -> str:
+    return Path(file).read_text() if file else ""
 
 
 # A kubeconfig is a few nested maps read once at start; they end here.
@@ -146,19 +149,3 @@ def _named(content: _Map, plural: str, singular: str, name: object, path: Path) 
             if isinstance(found, dict):
                 return found
     raise KubeconfigError(f"{path}: no {singular} named {name!r}")
-
-
-def _pem(entry: _Map, name: str, path: Path) -> str:
-    data = entry.get(f"{name}-data")
-    if data:
-        try:
-            return base64.b64decode(data, validate=True).decode("ascii")
-        except (binascii.Error, ValueError) as error:
-            raise KubeconfigError(f"{path}: {name}-data is not base64: {error}") from error
-    file = entry.get(name)
-    if not file:
-        return ""
-    try:
-        return (path.parent / str(file)).read_text()
-    except OSError as error:
-        raise KubeconfigError(f"{path}: {name} {file}: {error.strerror}") from error

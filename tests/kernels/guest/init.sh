@@ -1,5 +1,6 @@
 #!/bin/busybox sh
 # SPDX-License-Identifier: Apache-2.0
+# shellcheck shell=dash
 # First process of the guest, in the initrd: makes the machine's files the root, below a tmpfs.
 bb=/bin/busybox
 

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# shellcheck shell=dash
 # Runs /out/command on the machine's files, sends its output to the second serial line, leaves
 # its exit status in /out/status and switches the guest off.
 bb=/run/weir-guest/busybox

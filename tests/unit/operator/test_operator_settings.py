@@ -58,14 +58,8 @@ def test_a_kubeconfig(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        pytest.param({"current": "other"}, "no context named 'other'", id="no such context"),
-        pytest.param({"cluster": {"server": ""}}, "has no server", id="no server"),
-        pytest.param({"user": {"exec": {}}}, "exec are not supported", id="exec"),
-        pytest.param(
-            {"cluster": {"insecure-skip-tls-verify": True}}, "not supported", id="insecure"
-        ),
-        pytest.param({"user": {"client-key-data": "!"}}, "not base64", id="not base64"),
-        pytest.param({"user": {"client-key": "none"}}, "client-key none", id="no such file"),
+        pytest.param({"current": "other"}, "other", id="no such context"),
+        pytest.param({"user": {"client-key": "none"}}, "none", id="no such file"),
     ],
 )
 def test_a_bad_kubeconfig(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
