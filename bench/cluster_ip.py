@@ -7,11 +7,13 @@ client (node1) --> ClusterIP:80 --> far (node2):7001        in turns with far (n
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from bench import cluster, load, result
 
-SIZES = (10, 10_000)
+# Numbers of Services to measure at; SERVICES=10,1000 makes a shorter run.
+SIZES = tuple(int(size) for size in os.environ.get("SERVICES", "10,10000").split(","))
 SECONDS = 10.0
 PLACES = {"client": "node1", "near": "node1", "far": "node2"}
 TEXTS = {"near": "same node", "far": "other node"}
