@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,3 +78,42 @@ async def test_a_cancelled_write_ends_before_the_next_begins(
     await state.persist()
     assert Store(tmp_path / "state").position.revision == 7
     assert len(Store(tmp_path / "state")) == 3
+
+
+async def test_the_file_has_a_change_before_the_maps_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent that is killed must not take its maps back to an older state."""
+    path = tmp_path / "state"
+    state = desired_state(path)
+    seen: list[int] = []
+    apply = Projection.apply
+
+    def applied(projection: Projection, changed: dict[str, Any]) -> None:
+        seen.append(Store(path).position.revision)
+        apply(projection, changed)
+
+    monkeypatch.setattr(Projection, "apply", applied)
+    await state.snapshot(selectors(3), Position("one", 7, complete=True))
+    await state.change([], ["selector/1"], Position("one", 8, complete=True))
+    assert seen == [7, 8]
+    assert sorted(Store(path).resources) == ["selector/2", "selector/3"]
+
+
+async def test_a_full_disk_leaves_no_older_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state"
+    state = desired_state(path)
+    await state.snapshot(selectors(3), Position("one", 7, complete=True))
+
+    def full(pending: Pending) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pending, "write", full)
+        await state.change([], ["selector/1"], Position("one", 8, complete=True))
+    assert state.applied == 8
+    assert not path.exists()
+    await state.persist()
+    assert sorted(Store(path).resources) == ["selector/2", "selector/3"]

@@ -19,7 +19,7 @@ def encoded(name: str, text: str = "") -> bytes:
 
 
 def write(store: Store) -> None:
-    store.written(store.take_pending().write())
+    store.written(store.take_pending(durable=True).write())
 
 
 def position(revision: int) -> Position:
@@ -100,7 +100,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     store.replace({"a": encoded("a")}, position(1))
     write(store)
     store.apply([encoded("b")], [], position(2))
-    store.take_pending()  # its write failed
+    store.take_pending(durable=True)  # its write failed
     store.failed()
     write(store)
     assert set(Store(tmp_path / "state").resources) == {"a", "b"}

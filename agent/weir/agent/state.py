@@ -31,6 +31,7 @@ class DesiredState:
         self._reconciler = reconciler
         self._rejected: dict[str, str] = {}
         self._numbers: tuple[int, ...] = ()
+        self._writing = asyncio.Lock()
         self.changed = asyncio.Event()
         self.applied = 0
         """The revision whose resources the projection has: the store may be ahead, as it is
@@ -62,7 +63,9 @@ class DesiredState:
         )
 
     async def change(self, encoded: list[bytes], removed: list[str], position: Position) -> None:
-        await self._use(self._store.apply(encoded, removed, position).changed)
+        changed = self._store.apply(encoded, removed, position).changed
+        await self._write_ahead()
+        await self._use(changed)
         self._announce(position)
 
     async def snapshot(self, encoded: list[bytes], position: Position) -> None:
@@ -82,6 +85,7 @@ class DesiredState:
             len(named),
             len(changed),
         )
+        await self._write_ahead()
         await self._use(changed)
         self._announce(position)
         self._reconciler.release()
@@ -108,29 +112,43 @@ class DesiredState:
 
     # ---- the state file
 
+    async def _write_ahead(self) -> None:
+        """The file before the maps: a killed agent must not go back to what was before."""
+        try:
+            await self._write(durable=False)
+        except OSError as error:
+            logger.warning("the desired state cannot be saved, nor kept as it was: %s", error)
+            await asyncio.to_thread(self._store.forget)
+
     async def persist(self) -> None:
-        """Write what changed, once. OSError when the disk does not take it."""
+        """All of it down to the disk. OSError when the disk does not take it."""
         versions = numbering.versions(self._projection)
         if versions != self._numbers:
             self._store.set_numbers(numbering.dump(self._projection))
             self._numbers = versions
-        if not self._store.dirty or not self._store.position.complete:
-            return
-        writing = asyncio.ensure_future(asyncio.to_thread(self._store.take_pending().write))
-        try:
-            await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            # The thread goes on: the last write, at the end, must not begin beside it.
-            await asyncio.wait([writing])
-            raise
-        except OSError:
-            pass
-        finally:
-            if writing.done() and writing.exception() is None:
-                self._store.written(writing.result())
-            else:
-                self._store.failed()
-        writing.result()
+        await self._write(durable=True)
+
+    async def _write(self, *, durable: bool) -> None:
+        async with self._writing:
+            nothing = not self._store.dirty and not (durable and self._store.unsynced)
+            if nothing or not self._store.position.complete:
+                return
+            pending = self._store.take_pending(durable=durable)
+            writing = asyncio.ensure_future(asyncio.to_thread(pending.write))
+            try:
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                # The thread goes on: the last write, at the end, must not begin beside it.
+                await asyncio.wait([writing])
+                raise
+            except OSError:
+                pass
+            finally:
+                if writing.done() and writing.exception() is None:
+                    self._store.written(writing.result())
+                else:
+                    self._store.failed()
+            writing.result()
 
     async def keep_persisting(self) -> None:
         while True:

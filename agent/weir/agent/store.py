@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The resources by name, in memory in their encoded form, and on disk.
 
-The file is a log of records, appended at a bounded rate and rewritten (new file, fsync, rename)
-when most of it is outdated. A torn end is cut off at the next start. It lets the node work with
-the operator away, across restart and reboot; what the last second brought may be lost, as the
-operator sends it again: the recorded revision is never ahead of the recorded resources.
+The file is a log of records, appended before their change reaches the maps and rewritten (new
+file, rename) when most of it is outdated. So an agent that is killed never finds a state older
+than its maps, to which it would take them back. The disk follows within a second: what a crash of
+the machine loses, the maps lost too. A torn end is cut off at the next start. It lets the node
+work with the operator away, across restart and reboot.
 
     record: length u32 · crc32 u32 · kind byte · payload
     P encoded resource · R name of a removed one · C JSON {instance, revision, complete}: commits
@@ -60,6 +61,7 @@ class Store:
         self._size = 0
         self._live = 0
         self._rewrite = True
+        self._unsynced = False
         self._load()
         self._live = sum(map(len, self._resources.values()))
 
@@ -72,7 +74,13 @@ class Store:
 
     @property
     def dirty(self) -> bool:
+        """Something is not in the file yet."""
         return bool(self._pending) or self._rewrite
+
+    @property
+    def unsynced(self) -> bool:
+        """Something in the file may not be on the disk yet."""
+        return self._unsynced
 
     # ---- changes
 
@@ -132,17 +140,22 @@ class Store:
 
     # ---- disk
 
-    def take_pending(self) -> Pending:
-        """What to write now; `Pending.write` may run in a thread."""
+    def take_pending(self, *, durable: bool) -> Pending:
+        """What to write now; `Pending.write` may run in a thread. `durable`: down to the disk."""
         whole = self._rewrite
         records = self._everything() if whole else self._pending
         self._pending = []
         self._pending_bytes = 0
         self._rewrite = False
-        return Pending(self._path, records, whole)
+        self._unsynced = not durable
+        return Pending(self._path, records, whole, durable)
 
     def written(self, size: int) -> None:
         self._size = size
+
+    def forget(self) -> None:
+        """No file is better than one that is older than the maps. Blocks."""
+        self._path.unlink(missing_ok=True)
 
     def failed(self) -> None:
         """Write everything next time: the disk did not take it, or it is shorter."""
@@ -207,6 +220,7 @@ class Pending:
     path: Path
     records: Iterable[bytes]
     whole: bool
+    durable: bool
 
     def write(self) -> int:
         """Returns the file's size. Blocks; OSError when the disk does not take it."""
@@ -218,10 +232,12 @@ class Pending:
         with os.fdopen(fd, "wb") as file:
             file.writelines(self.records)
             file.flush()
-            os.fsync(file.fileno())
+            if self.durable:
+                os.fsync(file.fileno())
             size = os.fstat(file.fileno()).st_size
         if self.whole:
             target.rename(self.path)
+        if self.durable:
             folder = os.open(self.path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
