@@ -79,6 +79,8 @@ class WeirNode:
         self.publish(made, class_)
         self.inside(lambda: self.datapath.attach_pod(made.host_ifname))
         self.inside(lambda: wiring.bring_up(made))
+        # As the agent does with a pod that has come to stay.
+        self.inside(lambda: self.datapath.settle_pod(made.host_ifname))
         self.pods.append(made)
         return made
 

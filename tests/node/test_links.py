@@ -239,18 +239,34 @@ def test_pods_are_attached_without_waiting_for_rcu(
         assert datapath.attached() == {"veth0"}
 
 
-def test_a_tcx_link_of_a_pod_becomes_a_filter(
+def test_settling_loses_no_packet(
     installation: Installation,
     pair: tuple[NetNs, NetNs],
+    kernel: Features,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The filters of a pod become links where there is TCX, and stay so after a restart."""
+    monkeypatch.setattr(datapath_module, "POD", BRIEF)
+    monkeypatch.setattr(datapath_module, "ROLES", (BRIEF,))
     host, pod = pair
-    with host.entered():
-        datapath = installation.open()
+    filters = ("tc", "filter", "show", "dev", "veth0", "ingress")
+    with host.entered(), ExitStack() as stack:
+        datapath = installation.open(kernel=kernel, VARIANT=1)
         datapath.attach_pod("veth0")
-        monkeypatch.setattr(datapath_module, "POD", BRIEF)
-        datapath.attach_pod("veth0")
-        assert "handle 0x1 from_pod" in host.run("tc", "filter", "show", "dev", "veth0", "ingress")
-        pod.run("ping", "-c1", WAIT, "192.0.2.1")
-        counted = dict(datapath.tables.metrics.items())
-    assert sum(row.packets for row in counted.values()) >= 1
+        traffic = Traffic(stack, host, pod)
+        try:
+            for _ in range(10):
+                assert datapath.settle_pod("veth0") is kernel.tcx
+                assert not datapath.settle_pod("veth0")
+                assert ("from_pod" in host.run(*filters)) is not kernel.tcx
+                datapath = installation.open(kernel=kernel, VARIANT=1)
+                datapath.attach_pod("veth0")
+                assert not datapath.settle_pod("veth0") or not kernel.tcx
+                assert datapath.attached() == {"veth0"}
+                datapath.detach_pod("veth0")
+                assert datapath.attached() == set()
+                assert "from_pod" not in host.run(*filters)
+                datapath.attach_pod("veth0")
+        finally:
+            traffic.finish()
+    assert traffic.seen == traffic.sent

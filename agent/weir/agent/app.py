@@ -48,7 +48,8 @@ logger = logging.getLogger(__name__)
 
 NODE_RETRY_SECONDS = 1.0
 NODE_PERIOD_SECONDS = 30.0
-SETTLE_SECONDS = 0.2
+NODE_SETTLE_SECONDS = 0.2
+POD_SETTLE_SECONDS = 5.0
 INSTALL_RETRY_SECONDS = 5.0
 INSTALL_PERIOD_SECONDS = 30.0
 
@@ -162,6 +163,7 @@ class App:
                 group.create_task(self._acknowledge(), name="acknowledgements")
                 group.create_task(self._keep_node(), name="node")
                 group.create_task(self._wire_pods(), name="CNI")
+                group.create_task(self._settle_pods(), name="settling")
                 group.create_task(self._serve_api(), name="API")
                 group.create_task(self._serve_health(), name="health")
         finally:
@@ -248,6 +250,11 @@ class App:
                     logger.warning("%s; again in %g s", error, pause)
                 await asyncio.sleep(pause)
 
+    async def _settle_pods(self) -> None:
+        while True:
+            await asyncio.sleep(POD_SETTLE_SECONDS)
+            await self._host.settle()
+
     def _install(self) -> None:
         """Also puts back what somebody took away or changed."""
         paths, name = self._config.paths, self._config.cni_conf_name
@@ -301,7 +308,7 @@ class App:
                         await self._node_changed.wait()
                 except TimeoutError:
                     continue
-                await asyncio.sleep(SETTLE_SECONDS)
+                await asyncio.sleep(NODE_SETTLE_SECONDS)
         finally:
             loop.remove_reader(listener)
             listener.close()

@@ -5,8 +5,8 @@
 #include "lib/drop.h"
 #include "lib/where.h"
 
-/* HASH without preallocation, no eviction: 72 B an entry, 22 MB full (4 MB empty). Full: the
- * agent keeps the endpoints on the rule sets that fit and reports the policy. */
+/* HASH without preallocation, no eviction: 72 B an entry, 22 MB full (4 MB empty). Full: rows
+ * that do not fit are left out, so what they would allow is denied; the agent names the policy. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);

@@ -20,7 +20,7 @@ struct {
 } services SEC(".maps");
 
 /* HASH without preallocation, no eviction: 76 B an entry, 40 MB full (8 MB empty). Full: the
- * agent keeps the service's old backends and reports it. */
+ * service gets the backends that fit, and the agent reports it. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
