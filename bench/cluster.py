@@ -113,7 +113,9 @@ def load_pods(places: dict[str, str]) -> Iterator[dict[str, str]]:
         kubectl("wait", "-n", NAMESPACE, "pod", "--all", "--for=condition=Ready", wait)
         program = load.build().read_bytes()
         for name in places:
-            execute(name, "sh", "-c", "cat >/tmp/load && chmod +x /tmp/load", data=program)
+            # A file that is still being written cannot be run: give it its name when it is whole.
+            put = "cat >/tmp/new && chmod +x /tmp/new && mv /tmp/new /tmp/load"
+            execute(name, "sh", "-c", put, data=program)
         pods = json.loads(kubectl("get", "pods", "-n", NAMESPACE, "-o=json"))["items"]
         yield {pod["metadata"]["name"]: pod["status"]["podIP"] for pod in pods}
     finally:
@@ -129,12 +131,16 @@ def server(pod: str) -> Iterator[None]:
     """The load server in a pod, on both ports."""
     arguments = load.server_arguments([DIRECT_PORT, BACKEND_PORT])
     command = kubectl_command("exec", "-n", NAMESPACE, pod, "--", "/tmp/load", *arguments)
-    quiet = subprocess.DEVNULL  # kubectl tells that what it ran was killed, by us
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=quiet, text=True) as process:
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process,
+    ):
         try:
             assert process.stdout is not None
             if process.stdout.readline() != "ready\n":
-                raise BenchError(f"the load server in pod {pod} did not start")
+                said.seek(0)
+                words = said.read().strip()
+                raise BenchError(f"the load server in pod {pod} did not start: {words}")
             yield
         finally:
             # Ending kubectl does not end what it started in the pod; the pod goes soon as well.
