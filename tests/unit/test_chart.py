@@ -260,13 +260,15 @@ def test_uninstall_stops_operators_and_cleans_nodes() -> None:
     assert "livenessProbe" not in cleanup
 
 
-def test_apparmor_is_set_in_the_way_that_the_version_knows() -> None:
-    old, new = agent_of(render(version="1.29.0")), agent_of(render())
-    annotation = "container.apparmor.security.beta.kubernetes.io/agent"
-    assert old["metadata"]["annotations"][annotation] == "unconfined"
-    assert "appArmorProfile" not in old["spec"]["securityContext"]
-    assert annotation not in new["metadata"]["annotations"]
-    assert new["spec"]["securityContext"]["appArmorProfile"] == {"type": "Unconfined"}
+def test_apparmor_may_not_deny_writing_to_bpffs() -> None:
+    security = agent_of(render())["spec"]["securityContext"]
+    assert security["appArmorProfile"] == {"type": "Unconfined"}
+
+
+def test_versions_without_node_names_in_tokens_are_refused() -> None:
+    done = template(version="1.29.0")
+    assert done.returncode != 0
+    assert "kubeVersion" in done.stderr
 
 
 @pytest.mark.parametrize(
