@@ -76,7 +76,12 @@ static void pin(int cpu)
 	int group = open("/proc/self/autogroup", O_WRONLY | O_CLOEXEC);
 
 	if (group >= 0) {
-		check(write(group, "-20", 3), "autogroup");
+		/* The kernel takes ten of these a second, from all processes together. */
+		for (int tries = 0; write(group, "-20", 3) < 0; tries++) {
+			if (errno != EAGAIN || tries == 50)
+				check(-1, "autogroup");
+			usleep(100000);
+		}
 		close(group);
 	}
 }
