@@ -79,8 +79,7 @@ class Links:
         final, and the filter goes after it came.
         """
         folder = self._tree.interface(ifname)
-        notes = [a for a in attachments if (folder / a.program).exists()]
-        notes = [a for a in notes if not _is_link(folder / a.program)]
+        notes = [a for a in attachments if self._noted(folder / a.program) is not None]
         if not self._tcx or not notes:
             return False
         ifindex = ifindex_of(ifname)
@@ -125,6 +124,7 @@ class Links:
 
     @staticmethod
     def _noted(path: Path) -> int | None:
+        """The program that a filter's pin names; None: no pin, or a link's."""
         fd = libbpf.get_pinned(path)
         if fd is None:
             return None
