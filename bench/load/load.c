@@ -7,7 +7,7 @@
  *
  * NETNS is a path, or - for the one it was started in. CPU -1: any. The client gives its targets
  * turns, so that what else the machine does hits all alike, and prints for each turn
- * "TARGET COUNT NANOSECONDS". COUNT is connections (crr: connect, a byte each way, close),
+ * "TARGET COUNT NANOSECONDS". COUNT is connections (crr: connect, a byte each way, end),
  * round trips (rr, urr over UDP) or bytes (stream). Whatever fails ends the program: a rate with
  * errors in it is no rate.
  */
@@ -274,12 +274,24 @@ static void round_trip(int fd, char byte)
 		die("read");
 }
 
+/* Who closes first keeps the port for a minute (TIME_WAIT). That must be the server, whose one
+ * port serves all: a client soon has no port left, and then each connect searches for one that a
+ * minute has freed: 28,000 in 60 s, whatever lies between the two. */
+static void await_end(int fd)
+{
+	char none;
+
+	if (read(fd, &none, 1) != 0)
+		die("end of connection");
+}
+
 static uint64_t once(const char *mode, struct target *target)
 {
 	if (!strcmp(mode, "crr")) {
 		int fd = dial(target, SOCK_STREAM);
 
 		round_trip(fd, ONCE);
+		await_end(fd);
 		close(fd);
 		return 1;
 	}
