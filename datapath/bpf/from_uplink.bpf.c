@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /* tc ingress of the uplink: replies to masqueraded pods, and native routing to pods. All that
  * is not for a pod is the host's. */
+#include "lib/announce.h"
 #include "lib/arrive.h"
 #include "lib/snat.h"
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,18 @@ from weir.api import address
 from weir.datapath import libbpf, loader, pins
 from weir.datapath.datapath import Datapath
 from weir.datapath.errors import DatapathError
+from weir.datapath.libbpf import MapShape, MapType
 from weir.datapath.migrate import Migration
-from weir.datapath.records import Address, CtEntry, CtKey, Prefix, PrefixKey, Service, ServiceKey
+from weir.datapath.records import (
+    Address,
+    CtEntry,
+    CtKey,
+    Prefix,
+    PrefixKey,
+    Runtime,
+    Service,
+    ServiceKey,
+)
 from weir.datapath.settings import Settings, Sizes
 
 pytestmark = pytest.mark.core
@@ -248,3 +260,39 @@ def test_a_renamed_map_hands_its_entries_over(installation: Installation, mini: 
     assert not (installation.root / "maps" / "addresses_v0").exists()
     assert noted(installation.root, "addresses_v0") == []
     datapath.close()
+
+
+RELEASED = {
+    "services": (
+        "20[address:16s@0 port:>H@16 protocol:B@18 scope:B@19]",
+        "16[id:I@0 count:I@4 flags:I@8 affinity_seconds:I@12]",
+    ),
+    "runtime": ("4[:I@0]", "8[policy_generation:I@0 event_mask:I@4]"),
+}
+
+
+def leave_behind(tree: pins.Pins, name: str, kind: int, rows: dict[bytes, bytes]) -> None:
+    """A pinned map as an earlier version made it."""
+    layout = hashlib.sha256(" -> ".join(RELEASED[name]).encode()).hexdigest()[:16]
+    size = len(rows) if name == "runtime" else 64
+    sizes = [int(text.split("[")[0]) for text in RELEASED[name]]
+    shape = MapShape(kind, sizes[0], sizes[1], size, 0)
+    fd = libbpf.create_map(name, shape, None, 0, 0)
+    libbpf.pin(fd, tree.map(name))
+    pins.note_layout(tree, name, layout)
+    libbpf.update(fd, b"".join(rows), sizes[0], b"".join(rows.values()), sizes[1])
+    os.close(fd)
+
+
+def test_maps_of_earlier_versions(installation: Installation) -> None:
+    """Services without identity and runtime without features keep what they have."""
+    tree = pins.Pins(installation.root)
+    pins.make_folder(tree.maps)
+    key = bytes.fromhex("00000000000000000000ffff0a600001 0050 06 00")
+    value = struct.pack("<IIII", 7, 2, 0, 60)
+    leave_behind(tree, "services", MapType.HASH, {key: value})
+    leave_behind(tree, "runtime", MapType.ARRAY, {bytes(4): struct.pack("<II", 9, 6)})
+    datapath = installation.open()
+    vip = ServiceKey(address.parse("10.96.0.1"), 80, 6, 0)
+    assert dict(datapath.tables.services.items()) == {vip: Service(7, 2, 0, 60)}
+    assert datapath.runtime() == Runtime(9, 6)

@@ -19,6 +19,9 @@ from weir.datapath.errors import TableFull
 from weir.datapath.events import DRAIN
 from weir.datapath.records import (
     Address,
+    Affinity,
+    AffinityKey,
+    Announced,
     Backend,
     BackendKey,
     CtEntry,
@@ -27,6 +30,9 @@ from weir.datapath.records import (
     Endpoint,
     EventKind,
     Isolation,
+    MaglevBlock,
+    MaglevKey,
+    NetnsAddresses,
     PolicyKey,
     PolicyVerdict,
     Prefix,
@@ -39,6 +45,7 @@ from weir.datapath.records import (
     SnatKey,
     SockNat,
     SockNatKey,
+    SourceRangeKey,
 )
 from weir.datapath.settings import Sizes
 
@@ -54,8 +61,13 @@ def addr(number: int) -> address.Addr:
 
 
 ROWS: dict[str, Callable[[int], tuple[Any, Any]]] = {
-    "services": lambda n: (ServiceKey(addr(n), 80, 6, n & 1), Service(n, 2, 0, 60)),
+    "services": lambda n: (ServiceKey(addr(n), 80, 6, n & 1), Service(n, 2, 0, 60, n)),
     "backends": lambda n: (BackendKey(n, 1), Backend(addr(n), n & 0xFFFF)),
+    "maglev": lambda n: (MaglevKey(n, 1), MaglevBlock.of([n, n + 1])),
+    "affinity": lambda n: (AffinityKey(n, addr(n)), Affinity(addr(n), 8080, n)),
+    "netns_addresses": lambda n: (n << 32, NetnsAddresses(addr(n), addr(n + 1))),
+    "source_ranges": lambda n: (SourceRangeKey(160, n, addr(n)), 1),
+    "announced": lambda n: (addr(n), Announced(b"\2\0\0\0\0\1")),
     "endpoints": lambda n: (
         addr(n),
         Endpoint(n, 16, Isolation(n, 1), Isolation(0, 0), b"\2\0\0\0\0\1", b"\2\0\0\0\0\2"),

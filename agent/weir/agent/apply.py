@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from weir.agent.plan import AnyOp
@@ -132,7 +132,7 @@ def _shortened(services: Mapping[Hashable, Any], outcome: Outcome) -> dict[Hasha
         count = min(row.count, first.get(row.id, row.count))
         if count != row.count:
             outcome.rejected.setdefault("services", set()).add(key)
-        short[key] = records.Service(row.id, count, row.flags, row.affinity_seconds)
+        short[key] = replace(row, count=count)
     return short
 
 

@@ -18,7 +18,7 @@ from weir.agent.rows import Rows
 from weir.api.address import Addr, is_ipv4
 from weir.datapath import records
 
-SCOPE_CLUSTER = 0
+INTERNAL = records.ServiceScope.INTERNAL
 ID_LIMIT = 1 << 32
 # Ids used and freed just before a restart may linger in conntrack: stay clear of them.
 ID_GAP = 1 << 16
@@ -111,7 +111,7 @@ class ServiceTables:
         for name, service in self._services.items():
             for port in service.ports:
                 for address in service.cluster_ips:
-                    key = records.ServiceKey(address, port.port, port.protocol, SCOPE_CLUSTER)
+                    key = records.ServiceKey(address, port.port, port.protocol, INTERNAL)
                     if self._owner.get(key) == name:
                         yield name, port, key
 
@@ -126,7 +126,7 @@ class ServiceTables:
             slices = [self._slices[resource] for resource in self._slices_of.get(name, ())]
             for port in service.ports:
                 for address in service.cluster_ips:
-                    key = records.ServiceKey(address, port.port, port.protocol, SCOPE_CLUSTER)
+                    key = records.ServiceKey(address, port.port, port.protocol, INTERNAL)
                     wanted[key] = self._endpoints(port, slices, address)
         for key in self._keys.get(name, ()):
             if key not in wanted:

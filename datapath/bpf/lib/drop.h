@@ -33,28 +33,35 @@ const volatile enum verdict verdict_layout = VERDICT_DENY;
 const volatile enum policy_level policy_level_layout = LEVEL_PORT_BITS_MAX;
 const volatile enum address_flag address_flag_layout = ADDRESS_LOCAL_HOST;
 const volatile enum route_flag route_flag_layout = ROUTE_POD_CIDR;
-const volatile enum service_scope service_scope_layout = SCOPE_CLUSTER;
+const volatile enum service_scope service_scope_layout = SCOPE_INTERNAL;
+const volatile enum service_flag service_flag_layout = SERVICE_LOCAL;
 const volatile enum ct_flag ct_flag_layout = CT_ORIGIN_IS_LOW;
 const volatile enum snat_kind snat_kind_layout = SNAT_FORWARD;
+const volatile enum runtime_feature runtime_feature_layout = RUNTIME_ANNOUNCES;
 const volatile enum event_kind event_kind_layout = EVENT_DROP;
 
-static __always_inline void count(const struct __sk_buff *ctx, __u32 reason, __u32 direction)
+static __always_inline void count_bytes(__u32 length, __u32 reason, __u32 direction)
 {
 	struct metric_key key = { .reason = reason, .direction = direction };
 	struct metric *metric = bpf_map_lookup_elem(&metrics, &key);
 
 	if (metric) {
 		metric->packets++;
-		metric->bytes += ctx->len;
+		metric->bytes += length;
 		return;
 	}
-	struct metric first = { .packets = 1, .bytes = ctx->len };
+	struct metric first = { .packets = 1, .bytes = length };
 
 	bpf_map_update_elem(&metrics, &key, &first, BPF_ANY);
 }
 
-__subprogram int notify(struct __sk_buff *ctx, const struct packet *packet, __u32 reason,
-			     __u8 kind)
+static __always_inline void count(const struct __sk_buff *ctx, __u32 reason, __u32 direction)
+{
+	count_bytes(ctx->len, reason, direction);
+}
+
+__subprogram int notify_from(__u32 ifindex, __u32 length, const struct packet *packet,
+			     __u32 reason, __u8 kind)
 {
 	struct event *event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
 
@@ -74,11 +81,17 @@ __subprogram int notify(struct __sk_buff *ctx, const struct packet *packet, __u3
 	event->destination_class = packet->judgement.destination_class;
 	event->rule = packet->judgement.rule;
 	event->rule_set = packet->judgement.rule_set;
-	event->ifindex = ctx->ifindex;
-	event->length = ctx->len;
+	event->ifindex = ifindex;
+	event->length = length;
 	__builtin_memset(event->pad, 0, sizeof(event->pad));
 	bpf_ringbuf_submit(event, 0);
 	return 0;
+}
+
+static __always_inline int notify(const struct __sk_buff *ctx, const struct packet *packet,
+				  __u32 reason, __u8 kind)
+{
+	return notify_from(ctx->ifindex, ctx->len, packet, reason, kind);
 }
 
 /* The only way out for a packet that goes no further. @reason is positive or, as the steps

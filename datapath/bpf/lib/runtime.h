@@ -9,7 +9,7 @@
 
 #define NANOSECONDS 1000000000ull
 
-/* One entry, an array: lookups are inlined. 8 bytes. */
+/* One entry, an array: lookups are inlined. 16 bytes. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -24,6 +24,14 @@ static __always_inline __u32 policy_generation(void)
 	const struct runtime *state = bpf_map_lookup_elem(&runtime, &zero);
 
 	return state ? state->policy_generation : 0;
+}
+
+static __always_inline bool runtime_has(enum runtime_feature feature)
+{
+	__u32 zero = 0;
+	const struct runtime *state = bpf_map_lookup_elem(&runtime, &zero);
+
+	return state && (state->features & feature);
 }
 
 static __always_inline bool event_is_wanted(enum event_kind kind)

@@ -7,8 +7,10 @@
 #include <bpf/bpf_helpers.h>
 
 #include "lib/address.h"
+#include "lib/affinity.h"
+#include "lib/source_range.h"
 
-/* HASH without preallocation, no eviction: 84 B an entry, 6 MB full. Full: the agent reports
+/* HASH without preallocation, no eviction: 88 B an entry, 6 MB full. Full: the agent reports
  * the Service, which then is not served. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -37,7 +39,7 @@ static __always_inline const struct service *service_find(const struct ip_addr *
 		.address = *address,
 		.port = port,
 		.protocol = protocol,
-		.scope = SCOPE_CLUSTER,
+		.scope = SCOPE_INTERNAL,
 	};
 
 	if (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP)

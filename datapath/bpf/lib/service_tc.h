@@ -3,6 +3,7 @@
 #pragma once
 
 #include "lib/ct.h"
+#include "lib/maglev.h"
 #include "lib/rewrite.h"
 #include "lib/service.h"
 

@@ -26,5 +26,11 @@ const volatile __u8 masquerade = 0;
 const volatile __u16 snat_port_first = 61000;
 const volatile __u16 snat_port_last = 65535;
 
+/* Cookie of the host's own network namespace; 0: the kernel's first one. */
+const volatile __u64 host_netns_cookie = 0;
+
+/* Slots of every service with SERVICE_MAGLEV, a prime. 0: there are none. */
+const volatile __u32 maglev_table_size = 0;
+
 /* Non-zero: the kernel has bpf_set_retval() (5.18), so a refused connect() can say so. */
 const volatile __u8 has_set_retval = 0;

@@ -41,6 +41,9 @@ enum drop_reason {
 	DROP_TTL_EXCEEDED = 15,		/* hop limit reached zero while forwarding */
 	DROP_REWRITE = 16,		/* the kernel refused to change or redirect the packet */
 	DROP_NOT_UNICAST = 17,		/* multicast, broadcast or link-local, from a pod: not routed (no event) */
+	DROP_NO_LOCAL_BACKEND = 18,	/* traffic policy Local, and the service has no endpoint on this node */
+	DROP_SOURCE_RANGE = 19,		/* not in the service's loadBalancerSourceRanges */
+	DROP_BLOCKED = 20,		/* the source is in a blocked prefix */
 	DROP_REASON_COUNT
 };
 
@@ -83,9 +86,18 @@ enum route_flag {
 	ROUTE_NO_MASQUERADE = 8,	/* keep the pod's source address */
 };
 
+/* Whose traffic a row of `services` is for. */
 enum service_scope {
-	SCOPE_CLUSTER = 0,		/* all endpoints */
-	SCOPE_LOCAL = 1,		/* this node's endpoints only */
+	SCOPE_INTERNAL = 0,		/* pods and nodes; others too, but with SERVICE_EXTERNAL_ROW */
+	SCOPE_EXTERNAL = 1,		/* clients outside the cluster: externalTrafficPolicy Local */
+};
+
+enum service_flag {
+	SERVICE_EXTERNAL_ROW = 1,	/* clients outside the cluster use the row of SCOPE_EXTERNAL */
+	SERVICE_LOCAL = 2,		/* traffic policy Local: with no backend here, drop without a word */
+	SERVICE_SOURCE_RANGES = 4,	/* clients must be in `source_ranges` */
+	SERVICE_MAGLEV = 8,		/* clients outside the cluster: by the table in `maglev` */
+	SERVICE_DSR = 16,		/* backends elsewhere answer the client themselves */
 };
 
 enum ct_flag {
@@ -97,6 +109,7 @@ enum ct_flag {
 	CT_SERVICE = 32,		/* client to VIP: .nat_* is the chosen backend */
 	CT_REV_NAT = 64,		/* client to backend: replies get .nat_* (the VIP) as source */
 	CT_UNJUDGED = 128,		/* this node's own traffic: allowed by the spec, never judged */
+	CT_SNAT = 256,			/* with CT_SERVICE: the backend sees this node's address (`snat`) */
 };
 
 enum event_kind {
@@ -115,14 +128,16 @@ struct service_key {
 _Static_assert(sizeof(struct service_key) == 20, "service_key");
 
 /* A change of backends is written under a new id, then published by one update of
- * this value: no packet sees a mixture. count 0: refuse. */
+ * this value: no packet sees a mixture. Rows with the same backends share an id.
+ * count 0: refuse. */
 struct service {
 	__u32 id;
 	__u32 count;
-	__u32 flags;
-	__u32 affinity_seconds;
+	__u32 flags;			/* enum service_flag */
+	__u32 affinity_seconds;		/* 0: none */
+	__u32 identity;			/* the agent's number of the service's port, on all its addresses */
 };
-_Static_assert(sizeof(struct service) == 16, "service");
+_Static_assert(sizeof(struct service) == 20, "service");
 
 struct backend_key {
 	__u32 service;			/* service.id */
@@ -136,6 +151,65 @@ struct backend {
 	__u8 pad[2];
 };
 _Static_assert(sizeof(struct backend) == 20, "backend");
+
+/* Maglev tables, in blocks so that one map serves tables of any size: entry n of a
+ * service's table is .slot[n % MAGLEV_BLOCK] of block n / MAGLEV_BLOCK. */
+#define MAGLEV_BLOCK 256
+
+struct maglev_key {
+	__u32 service;			/* service.id */
+	__u32 block;
+};
+_Static_assert(sizeof(struct maglev_key) == 8, "maglev_key");
+
+struct maglev_block {
+	__u16 slot[MAGLEV_BLOCK];	/* backend_key.slot */
+};
+_Static_assert(sizeof(struct maglev_block) == 512, "maglev_block");
+
+/* Session affinity ClientIP: a client keeps its backend on all addresses of a port. The
+ * agent deletes the rows of backends that are gone. */
+struct affinity_key {
+	__u32 identity;			/* service.identity */
+	struct ip_addr client;		/* of a node's own processes: the node's address */
+};
+_Static_assert(sizeof(struct affinity_key) == 20, "affinity_key");
+
+struct affinity {
+	struct ip_addr address;		/* of the backend */
+	__be16 port;
+	__u8 pad[2];
+	__u32 last_used;		/* seconds of CLOCK_MONOTONIC */
+};
+_Static_assert(sizeof(struct affinity) == 24, "affinity");
+
+/* Whose sockets a network namespace has, by its cookie: the socket hooks know no address. */
+struct netns_addresses {
+	struct ip_addr ipv4;
+	struct ip_addr ipv6;
+};
+_Static_assert(sizeof(struct netns_addresses) == 32, "netns_addresses");
+
+/* Prefixes of clients that may use a service with SERVICE_SOURCE_RANGES. */
+struct source_range_key {
+	__u32 bits;			/* 32 of the identity, then those of the 128: IPv4 /n is 128 + n */
+	__u32 identity;			/* service.identity */
+	struct ip_addr address;
+};
+_Static_assert(sizeof(struct source_range_key) == 24, "source_range_key");
+
+/* An address of a LoadBalancer service that this node answers ARP and ND requests for. */
+struct announced {
+	__u8 mac[6];			/* of the uplink */
+	__u8 pad[2];
+};
+_Static_assert(sizeof(struct announced) == 8, "announced");
+
+/* Sources that XDP drops ahead of everything. Key: struct prefix_key. */
+struct blocked {
+	__u32 rule;			/* the agent's number of the object that says so */
+};
+_Static_assert(sizeof(struct blocked) == 4, "blocked");
 
 /* Socket translation, both ways: (cookie, VIP) -> backend keeps a datagram socket on
  * its backend, (cookie, backend) -> VIP gives replies and getpeername their name. */
@@ -152,7 +226,7 @@ struct sock_nat {
 	struct ip_addr address;
 	__be16 port;
 	__u8 pad[2];
-	__u32 service;			/* service.id it was chosen under; a changed service chooses anew */
+	__u32 service;			/* service.id it was chosen under */
 };
 _Static_assert(sizeof(struct sock_nat) == 24, "sock_nat");
 
@@ -275,12 +349,21 @@ _Static_assert(sizeof(struct policy_verdict) == 8, "policy_verdict");
 
 /* ---- runtime state and observation --------------------------------------------- */
 
+/* What this node's services need looked at; without it the packets of others pay nothing. */
+enum runtime_feature {
+	RUNTIME_HOST_BACKENDS = 1,	/* backends are this node's own sockets: their replies leave by the uplink */
+	RUNTIME_ANNOUNCES = 2,		/* `announced` has rows */
+	RUNTIME_XDP_BLOCKS = 4,		/* XDP looks at `blocked` on every uplink: tc need not */
+};
+
 /* The one entry of the runtime map: what changes without reloading a program. */
 struct runtime {
 	__u32 policy_generation;	/* raised by each policy change: established flows are judged again */
 	__u32 event_mask;		/* bit (1 << enum event_kind): somebody listens */
+	__u32 features;			/* enum runtime_feature */
+	__u32 pad;
 };
-_Static_assert(sizeof(struct runtime) == 8, "runtime");
+_Static_assert(sizeof(struct runtime) == 16, "runtime");
 
 struct metric_key {
 	__u32 reason;			/* enum drop_reason; DROP_NONE: forwarded */

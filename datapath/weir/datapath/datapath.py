@@ -45,6 +45,12 @@ ATTACHMENTS = {attachment.program: attachment for role in ROLES for attachment i
 RECORDS: dict[str, tuple[type[Any], type[Any]]] = {
     "services": (records.ServiceKey, records.Service),
     "backends": (records.BackendKey, records.Backend),
+    "maglev": (records.MaglevKey, records.MaglevBlock),
+    "affinity": (records.AffinityKey, records.Affinity),
+    "netns_addresses": (int, records.NetnsAddresses),
+    "source_ranges": (records.SourceRangeKey, int),
+    "announced": (bytes, records.Announced),
+    "blocked": (records.PrefixKey, records.Blocked),
     "endpoints": (bytes, records.Endpoint),
     "addresses": (bytes, records.Address),
     "prefixes": (records.PrefixKey, records.Prefix),
@@ -67,6 +73,12 @@ class Tables:
 
     services: Table[records.ServiceKey, records.Service]
     backends: Table[records.BackendKey, records.Backend]
+    maglev: Table[records.MaglevKey, records.MaglevBlock]
+    affinity: Table[records.AffinityKey, records.Affinity]
+    netns_addresses: Table[int, records.NetnsAddresses]
+    source_ranges: Table[records.SourceRangeKey, int]
+    announced: Table[Addr, records.Announced]
+    blocked: Table[records.PrefixKey, records.Blocked]
     endpoints: Table[Addr, records.Endpoint]
     addresses: Table[Addr, records.Address]
     prefixes: Table[records.PrefixKey, records.Prefix]
@@ -198,6 +210,10 @@ class Datapath:
             lambda row: replace(row, policy_generation=(row.policy_generation + 1) & 0xFFFF_FFFF)
         )
         return row.policy_generation
+
+    def set_features(self, features: int) -> None:
+        """RuntimeFeature bits: what this node's services need looked at."""
+        self._change_runtime(lambda row: replace(row, features=features))
 
     def set_event_mask(self, mask: int) -> None:
         """Bits (1 << EventKind) of the events to report; 0 for none."""

@@ -64,7 +64,16 @@ class Migration:
     convert: Convert
 
 
-MIGRATIONS: tuple[Migration, ...] = ()
+def longer(zeros: int) -> Convert:
+    """Values that gained members at their end, which begin as zero."""
+    return lambda key, value: (key, value + bytes(zeros))
+
+
+MIGRATIONS: tuple[Migration, ...] = (
+    # Before services had an identity, and runtime its features.
+    Migration("services", "72e857f7cdabe6c6", "services", longer(4)),
+    Migration("runtime", "01e3d5c287942f89", "runtime", longer(8)),
+)
 
 
 class Step(Enum):

@@ -8,10 +8,14 @@ pads are no fields. Flags and numbers are plain ints, the enums compare equal to
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
 from weir.api.address import Addr
+
+MAGLEV_BLOCK = 256
 
 
 class DropReason(IntEnum):
@@ -33,6 +37,9 @@ class DropReason(IntEnum):
     TTL_EXCEEDED = 15
     REWRITE = 16
     NOT_UNICAST = 17
+    NO_LOCAL_BACKEND = 18
+    SOURCE_RANGE = 19
+    BLOCKED = 20
 
 
 class Direction(IntEnum):
@@ -71,8 +78,16 @@ class RouteFlag(IntFlag):
 
 
 class ServiceScope(IntEnum):
-    CLUSTER = 0
-    LOCAL = 1
+    INTERNAL = 0
+    EXTERNAL = 1
+
+
+class ServiceFlag(IntFlag):
+    EXTERNAL_ROW = 1
+    LOCAL = 2
+    SOURCE_RANGES = 4
+    MAGLEV = 8
+    DSR = 16
 
 
 class CtFlag(IntFlag):
@@ -84,6 +99,7 @@ class CtFlag(IntFlag):
     SERVICE = 32
     REV_NAT = 64
     UNJUDGED = 128
+    SNAT = 256
 
 
 class EventKind(IntEnum):
@@ -94,6 +110,12 @@ class EventKind(IntEnum):
 class SnatKind(IntEnum):
     FORWARD = 0
     REVERSE = 1
+
+
+class RuntimeFeature(IntFlag):
+    HOST_BACKENDS = 1
+    ANNOUNCES = 2
+    XDP_BLOCKS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +137,11 @@ ENUMS = (
     EnumBinding("address_flag", "ADDRESS_", AddressFlag),
     EnumBinding("route_flag", "ROUTE_", RouteFlag),
     EnumBinding("service_scope", "SCOPE_", ServiceScope),
+    EnumBinding("service_flag", "SERVICE_", ServiceFlag),
     EnumBinding("ct_flag", "CT_", CtFlag),
     EnumBinding("event_kind", "EVENT_", EventKind),
     EnumBinding("snat_kind", "SNAT_", SnatKind),
+    EnumBinding("runtime_feature", "RUNTIME_", RuntimeFeature),
 )
 
 
@@ -135,6 +159,7 @@ class Service:
     count: int
     flags: int
     affinity_seconds: int
+    identity: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +172,64 @@ class BackendKey:
 class Backend:
     address: Addr
     port: int
+
+
+@dataclass(frozen=True, slots=True)
+class MaglevKey:
+    service: int
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
+class MaglevBlock:
+    """`slot` is the array's bytes: 256 numbers of 16 bits (MAGLEV_BLOCK)."""
+
+    slot: bytes
+
+    @classmethod
+    def of(cls, slots: Sequence[int]) -> MaglevBlock:
+        """The last block of a table may be short."""
+        return cls(array("H", slots).tobytes().ljust(2 * MAGLEV_BLOCK, b"\0"))
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return tuple(array("H", self.slot))
+
+
+@dataclass(frozen=True, slots=True)
+class AffinityKey:
+    identity: int
+    client: Addr
+
+
+@dataclass(frozen=True, slots=True)
+class Affinity:
+    address: Addr
+    port: int
+    last_used: int
+
+
+@dataclass(frozen=True, slots=True)
+class NetnsAddresses:
+    ipv4: Addr
+    ipv6: Addr
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRangeKey:
+    bits: int
+    identity: int
+    address: Addr
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    mac: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    rule: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +341,7 @@ class PolicyVerdict:
 class Runtime:
     policy_generation: int
     event_mask: int
+    features: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,8 @@ class Settings:
     tunnel: encapsulate to routes with ROUTE_TUNNEL. masquerade: rewrite what leaves the
     cluster. snat_port_first/last: the ports masquerading takes; above the kernel's
     ip_local_port_range default (32768-60999), so that the node's own sockets keep theirs.
+    host_netns_cookie: of the host's own network namespace, 0: that of the first one.
+    maglev_table_size: slots of each service with SERVICE_MAGLEV, 0: there are none.
     has_set_retval: use bpf_set_retval; Datapath.open clears it where the kernel has none.
     """
 
@@ -38,6 +40,8 @@ class Settings:
     masquerade: bool = False
     snat_port_first: int = 61000
     snat_port_last: int = 65535
+    host_netns_cookie: int = 0
+    maglev_table_size: int = 0
     has_set_retval: bool = True
 
 
@@ -47,6 +51,12 @@ class Sizes:
 
     services: int | None = None
     backends: int | None = None
+    maglev: int | None = None
+    affinity: int | None = None
+    netns_addresses: int | None = None
+    source_ranges: int | None = None
+    announced: int | None = None
+    blocked: int | None = None
     endpoints: int | None = None
     addresses: int | None = None
     prefixes: int | None = None

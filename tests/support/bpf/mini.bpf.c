@@ -42,6 +42,11 @@ TABLE(policy, HASH, BPF_F_NO_PREALLOC, 4096, struct policy_key, struct policy_ve
 TABLE(ct, LRU_HASH, 0, 4096, struct ct_key, struct ct_entry);
 TABLE(snat, LRU_HASH, 0, 4096, struct snat_key, struct snat_entry);
 TABLE(sock_nat, LRU_HASH, 0, 4096, struct sock_nat_key, struct sock_nat);
+TABLE(maglev, HASH, 0, 256, struct maglev_key, struct maglev_block);
+TABLE(affinity, LRU_HASH, 0, 4096, struct affinity_key, struct affinity);
+TABLE(netns_addresses, HASH, 0, 256, __u64, struct netns_addresses);
+TABLE(source_ranges, LPM_TRIE, BPF_F_NO_PREALLOC, 4096, struct source_range_key, __u8);
+TABLE(announced, HASH, 0, 256, struct ip_addr, struct announced);
 TABLE(runtime, ARRAY, 0, 1, __u32, struct runtime);
 TABLE(metrics, PERCPU_HASH, 0, 64, struct metric_key, struct metric);
 
@@ -67,6 +72,8 @@ const volatile __u8 tunnel = 0;
 const volatile __u8 masquerade = 0;
 const volatile __u16 snat_port_first = 0;
 const volatile __u16 snat_port_last = 0;
+const volatile __u64 host_netns_cookie = 0;
+const volatile __u32 maglev_table_size = 0;
 const volatile __u8 has_set_retval = 0;
 
 /* Nothing else would put the struct of the ring buffer into BTF. */

@@ -36,7 +36,7 @@ def codec_of(btf: Btf, name: str, record: type[Any]) -> codec.Codec[Any]:
 CASES = [
     # All numbers big-endian, all little-endian, mixed, nested, with pads.
     ("service_key", records.ServiceKey(V4, 80, 6, 1), f"{V4_HEX} 0050 06 01"),
-    ("service", records.Service(1, 2, 3, 10800), "01000000 02000000 03000000 302a0000"),
+    ("service", records.Service(1, 2, 3, 10800, 5), "01000000 02000000 03000000 302a0000 05000000"),
     ("backend_key", records.BackendKey(7, 65536), "07000000 00000100"),
     ("backend", records.Backend(V6, 8080), f"{V6_HEX} 1f90 0000"),
     (
