@@ -24,7 +24,10 @@ int from_uplink(struct __sk_buff *ctx)
 	if (!packet)
 		return TC_ACT_SHOT;
 	int verdict = parse(ctx);
+	int answer = announce_answer(ctx, packet);
 
+	if (answer)
+		return answer < 0 ? drop(ctx, packet, answer) : bpf_redirect(ctx->ifindex, 0);
 	/* What we cannot read may be the host's; to_pod sees what is not. */
 	if (verdict <= 0 || address_is_link_scope(&packet->flow.destination))
 		return TC_ACT_OK;
