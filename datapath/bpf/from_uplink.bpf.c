@@ -3,6 +3,7 @@
  * is not for a pod is the host's. */
 #include "lib/announce.h"
 #include "lib/arrive.h"
+#include "lib/blocked_tc.h"
 #include "lib/snat.h"
 
 /* With an overlay, pods of other nodes come through it alone. */
@@ -22,6 +23,8 @@ int from_uplink(struct __sk_buff *ctx)
 	struct packet *packet = packet_new(DIR_INGRESS);
 
 	if (!packet)
+		return TC_ACT_SHOT;
+	if (blocked_drops(ctx, packet))
 		return TC_ACT_SHOT;
 	int verdict = parse(ctx);
 	int answer = announce_answer(ctx, packet);

@@ -24,6 +24,7 @@ from weir.datapath.records import (
     Announced,
     Backend,
     BackendKey,
+    Blocked,
     CtEntry,
     CtKey,
     DropReason,
@@ -68,6 +69,7 @@ ROWS: dict[str, Callable[[int], tuple[Any, Any]]] = {
     "netns_addresses": lambda n: (n << 32, NetnsAddresses(addr(n), addr(n + 1))),
     "source_ranges": lambda n: (SourceRangeKey(160, n, addr(n)), 1),
     "announced": lambda n: (addr(n), Announced(b"\2\0\0\0\0\1")),
+    "blocked": lambda n: (PrefixKey(128, addr(n)), Blocked(n)),
     "endpoints": lambda n: (
         addr(n),
         Endpoint(n, 16, Isolation(n, 1), Isolation(0, 0), b"\2\0\0\0\0\1", b"\2\0\0\0\0\2"),

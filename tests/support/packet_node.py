@@ -225,6 +225,18 @@ class Node:
         drops = {DropReason(k): v for k, v in changed.items() if v}
         return Outcome(code, result.packet, drops, result.duration_ns)
 
+    def run_xdp(self, device: str, packet: Packet | bytes, repeat: int = 1) -> Outcome:
+        """One run of the uplink's XDP program on a packet that came in by `device`."""
+        before = self.drops()
+        with self.world.ns.entered():
+            result = libbpf.run_xdp(
+                self.datapath.programs["xdp_uplink"], bytes(packet), ifindex=self.index[device],
+                repeat=repeat,
+            )  # fmt: skip
+        changed = {k: v - before.get(k, 0) for k, v in self.drops().items()}
+        drops = {DropReason(k): v for k, v in changed.items() if v}
+        return Outcome(result.retval, result.packet, drops, result.duration_ns)
+
     def drops(self) -> dict[int, int]:
         found: dict[int, int] = {}
         for key, value in self.tables.metrics.items():

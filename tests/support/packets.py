@@ -8,6 +8,10 @@ from weir.datapath import libbpf
 TC_ACT_OK = 0
 TC_ACT_SHOT = 2
 TC_ACT_REDIRECT = 7
+XDP_DROP = 1
+XDP_PASS = 2
+XDP_TX = 3
+XDP_REDIRECT = 4
 TCX_NEXT = -1
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from weir.datapath.codec import codec_for
 from weir.datapath.errors import LayoutMismatch
 from weir.datapath.events import EventReader
 from weir.datapath.features import Features
-from weir.datapath.libbpf import MapType
+from weir.datapath.libbpf import MapType, XdpMode
 from weir.datapath.links import Attachment, Links, detach_all
 from weir.datapath.migrate import MIGRATIONS, Migration
 from weir.datapath.pins import Pins, remove_tree, require_bpffs, require_cgroup2
+from weir.datapath.records import RuntimeFeature
 from weir.datapath.settings import Settings, Sizes
 from weir.datapath.table import PerCpuTable, Table
 
@@ -37,9 +38,10 @@ POD = (
     Attachment("from_pod", egress=False, brief=True),
 )
 UPLINK = (Attachment("to_uplink", egress=True), Attachment("from_uplink", egress=False))
+XDP = Attachment("xdp_uplink", egress=False)
 OVERLAY = (Attachment("to_overlay", egress=True), Attachment("from_overlay", egress=False))
 ROLES = (POD, UPLINK, OVERLAY)
-ATTACHMENTS = {attachment.program: attachment for role in ROLES for attachment in role}
+ATTACHMENTS = {attachment.program: attachment for role in (*ROLES, (XDP,)) for attachment in role}
 
 # Map → the records of its keys and values. The ring buffer has none.
 RECORDS: dict[str, tuple[type[Any], type[Any]]] = {
@@ -119,6 +121,7 @@ class Datapath:
         self.tables = tables
         self.features = kernel
         self._runtime_lock = threading.Lock()
+        self._xdp: dict[str, XdpMode | None] = {}
 
     @staticmethod
     def open(
@@ -178,11 +181,28 @@ class Datapath:
     def detach_pod(self, ifname: str) -> None:
         self._links.detach(ifname, POD)
 
-    def attach_uplink(self, ifname: str) -> None:
+    def attach_uplink(self, ifname: str, xdp: Sequence[XdpMode] = ()) -> None:
+        """`xdp`: ways to attach the XDP program, the best first; empty: not at all. What the
+        device does not take is logged, and tc does XDP's work."""
+        self._set_xdp(ifname, None)
         self._links.attach(ifname, UPLINK)
+        self._set_xdp(ifname, self._links.attach_xdp(ifname, XDP.program, xdp))
 
     def detach_uplink(self, ifname: str) -> None:
-        self._links.detach(ifname, UPLINK)
+        self._set_xdp(ifname, None)
+        self._links.detach(ifname, (*UPLINK, XDP))
+        del self._xdp[ifname]
+
+    def _set_xdp(self, ifname: str, mode: XdpMode | None) -> None:
+        """tc leaves to XDP what XDP does on every uplink."""
+        self._xdp[ifname] = mode
+        everywhere = RuntimeFeature.XDP_BLOCKS if all(self._xdp.values()) else 0
+        self._set_features(everywhere, RuntimeFeature.XDP_BLOCKS)
+
+    @property
+    def xdp(self) -> dict[str, XdpMode | None]:
+        """How XDP is attached to each uplink; None: it is not."""
+        return dict(self._xdp)
 
     def attach_overlay(self, ifname: str) -> None:
         self._links.attach(ifname, OVERLAY)
@@ -212,8 +232,14 @@ class Datapath:
         return row.policy_generation
 
     def set_features(self, features: int) -> None:
-        """RuntimeFeature bits: what this node's services need looked at."""
-        self._change_runtime(lambda row: replace(row, features=features))
+        """RuntimeFeature bits: what this node's services need looked at. Not those that are
+        about attachments."""
+        self._set_features(features, ~int(RuntimeFeature.XDP_BLOCKS))
+
+    def _set_features(self, features: int, mask: int) -> None:
+        self._change_runtime(
+            lambda row: replace(row, features=row.features & ~mask | features & mask)
+        )
 
     def set_event_mask(self, mask: int) -> None:
         """Bits (1 << EventKind) of the events to report; 0 for none."""

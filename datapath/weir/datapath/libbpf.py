@@ -48,6 +48,7 @@ class MapType(IntEnum):
 class AttachType(IntEnum):
     """enum bpf_attach_type: those that user space names itself."""
 
+    XDP = 37
     TCX_INGRESS = 46
     TCX_EGRESS = 47
 
@@ -56,7 +57,19 @@ class LinkType(IntEnum):
     """enum bpf_link_type."""
 
     CGROUP = 3
+    XDP = 6
     TCX = 11
+
+
+class XdpMode(IntEnum):
+    """XDP_FLAGS_* of an attachment, by which of its ways into the kernel it takes."""
+
+    GENERIC = 2
+    NATIVE = 4
+
+
+# enum XDP_ATTACHED_*; several at once, or in hardware, is not ours.
+_XDP_ATTACHED = {1: XdpMode.NATIVE, 2: XdpMode.GENERIC}
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,8 +344,14 @@ def is_link(fd: int) -> bool:
     return kind in {"anon_inode:bpf-link", "anon_inode:bpf_link"}
 
 
-def create_link(program: int, target: int, attach_type: int, name: str) -> int:
-    return check(lib.weir_link_create(program, target, attach_type), "attach", name)
+def create_link(program: int, target: int, attach_type: int, name: str, flags: int = 0) -> int:
+    return check(lib.weir_link_create(program, target, attach_type, flags), "attach", name)
+
+
+def xdp_mode(ifindex: int, name: str) -> XdpMode | None:
+    """How XDP is attached to an interface, by anybody."""
+    mode = check(lib.weir_xdp_mode(ifindex), "inspect", f"XDP of {name}")
+    return _XDP_ATTACHED.get(mode)
 
 
 def update_link(link: int, program: int, name: str) -> None:
@@ -443,6 +462,26 @@ def delete(fd: int, keys: bytes, key_size: int) -> tuple[int, int]:
     return done[0], -result
 
 
+def delete_unchanged(
+    fd: int, keys: bytes, key_size: int, values: bytes, value_size: int, span: range
+) -> tuple[int, int]:
+    """Deletes entries whose value still is as in `values` at the bytes of `span`. Returns how many
+    it deleted and the errno that stopped it."""
+    done = ffi.new("__u32 *")
+    result = lib.weir_map_delete_unchanged(
+        fd,
+        ffi.from_buffer(keys),
+        key_size,
+        ffi.from_buffer(values),
+        value_size,
+        span.start,
+        len(span),
+        len(keys) // key_size,
+        done,
+    )
+    return done[0], -result
+
+
 # ---- ring buffer and test runs -----------------------------------------------------
 
 
@@ -482,6 +521,28 @@ class Ring:
         if self._ring != ffi.NULL:
             lib.ring_buffer__free(self._ring)
             self._ring = ffi.NULL
+
+
+def run_xdp(program: int, packet: bytes, *, ifindex: int = 0, repeat: int = 1) -> RunResult:
+    """Runs an XDP program on a packet as if it had come in by `ifindex` (0: loopback)."""
+    context = ffi.new("struct xdp_md *")
+    context.data_end = len(packet)
+    context.ingress_ifindex = ifindex
+    data = ffi.from_buffer(packet)
+    room = ffi.new("unsigned char[]", TEST_RUN_ROOM)
+    options = ffi.new("struct bpf_test_run_opts *")
+    options.sz = ffi.sizeof("struct bpf_test_run_opts")
+    options.data_in = data
+    options.data_size_in = len(packet)
+    options.data_out = room
+    options.data_size_out = TEST_RUN_ROOM
+    if ifindex:
+        options.ctx_in = context
+        options.ctx_size_in = ffi.sizeof("struct xdp_md")
+    options.repeat = repeat
+    check(lib.bpf_prog_test_run_opts(program, options), "test run", "XDP program")
+    packet_out = bytes(ffi.buffer(room, options.data_size_out))
+    return RunResult(options.retval, packet_out, options.duration, 0, ())
 
 
 def run_program(

@@ -35,6 +35,9 @@ struct weir_link_info {
 struct __sk_buff {
     __u32 mark; __u32 ifindex; __u32 ingress_ifindex; __u32 cb[5]; ...;
 };
+struct xdp_md {
+    __u32 data_end; __u32 ingress_ifindex; ...;
+};
 struct bpf_test_run_opts {
     size_t sz; const void *data_in; void *data_out; __u32 data_size_in; __u32 data_size_out;
     const void *ctx_in; void *ctx_out; __u32 ctx_size_in; __u32 ctx_size_out;
@@ -83,7 +86,8 @@ int weir_prog_info(int fd, struct bpf_prog_info *info);
 int weir_link_info(int fd, struct weir_link_info *info);
 int bpf_obj_pin(int fd, const char *path);
 int bpf_obj_get(const char *path);
-int weir_link_create(int prog_fd, int target, int attach_type);
+int weir_link_create(int prog_fd, int target, int attach_type, __u32 flags);
+int weir_xdp_mode(int ifindex);
 int weir_link_update(int link_fd, int prog_fd);
 int bpf_link_detach(int link_fd);
 int weir_helper_probe(int prog_type, int helper);
@@ -99,6 +103,9 @@ int weir_map_walk(int fd, int first, void *token, char *keys, __u32 key_size,
 int weir_map_update(int fd, const char *keys, __u32 key_size, const char *values,
                     __u32 value_size, __u32 count, __u64 flags, __u32 *done);
 int weir_map_delete(int fd, const char *keys, __u32 key_size, __u32 count, __u32 *done);
+int weir_map_delete_unchanged(int fd, const char *keys, __u32 key_size, const char *values,
+                              __u32 value_size, __u32 offset, __u32 size, __u32 count,
+                              __u32 *done);
 
 struct ring_buffer *weir_ring_open(int map_fd, struct weir_drain *drain, int *error);
 int ring_buffer__epoll_fd(const struct ring_buffer *);
@@ -254,7 +261,7 @@ static int weir_link_info(int fd, struct weir_link_info *out)
     struct {
         __u32 type, id, prog_id, pad;
         union {
-            struct { __u32 ifindex, attach_type; } tcx;
+            struct { __u32 ifindex, attach_type; } tcx;  /* XDP's has the first member only */
             struct { __u64 cgroup_id; __u32 attach_type; } cgroup;
             __u64 room[32];
         };
@@ -280,9 +287,21 @@ static int weir_link_info(int fd, struct weir_link_info *out)
     return 0;
 }
 
-static int weir_link_create(int prog_fd, int target, int attach_type)
+/* `flags`: of an XDP link, the mode. */
+static int weir_link_create(int prog_fd, int target, int attach_type, __u32 flags)
 {
-    return bpf_link_create(prog_fd, target, attach_type, NULL);
+    LIBBPF_OPTS(bpf_link_create_opts, options, .flags = flags);
+
+    return bpf_link_create(prog_fd, target, attach_type, &options);
+}
+
+/* How XDP is attached to an interface: enum XDP_ATTACHED_*, 0: not at all. */
+static int weir_xdp_mode(int ifindex)
+{
+    LIBBPF_OPTS(bpf_xdp_query_opts, options);
+    int err = bpf_xdp_query(ifindex, 0, &options);
+
+    return err ? err : options.attach_mode;
 }
 
 static int weir_link_update(int link_fd, int prog_fd)
@@ -408,6 +427,46 @@ static int weir_map_delete(int fd, const char *keys, __u32 key_size, __u32 count
             return err;
     }
     return 0;
+}
+
+/* Deletes the entries whose value still has the bytes of `values` at `offset`. An entry that
+ * changes between the look and the deletion is put back, unless a program has made it anew:
+ * the deletion itself tells what it took, but for kernels before 5.14. */
+static int weir_map_delete_unchanged(int fd, const char *keys, __u32 key_size, const char *values,
+                     __u32 value_size, __u32 offset, __u32 size, __u32 count,
+                     __u32 *done)
+{
+    char *found = malloc(value_size);
+    int err = 0;
+
+    *done = 0;
+    if (!found)
+        return -ENOMEM;
+    for (__u32 i = 0; i < count; i++) {
+        const char *key = keys + (size_t)i * key_size;
+        const char *wanted = values + (size_t)i * value_size + offset;
+
+        err = bpf_map_lookup_elem(fd, key, found);
+        if (!err && memcmp(found + offset, wanted, size))
+            continue;
+        if (!err)
+            err = bpf_map_lookup_and_delete_elem(fd, key, found);
+        if (err == -KERNEL_ENOTSUPP)
+            err = bpf_map_delete_elem(fd, key);
+        if (err == -ENOENT)
+            continue;
+        if (err)
+            break;
+        if (!memcmp(found + offset, wanted, size)) {
+            (*done)++;
+            continue;
+        }
+        err = bpf_map_update_elem(fd, key, found, BPF_NOEXIST);
+        if (err && err != -EEXIST)
+            break;
+    }
+    free(found);
+    return err == -ENOENT || err == -EEXIST ? 0 : err;
 }
 
 struct weir_drain {

@@ -12,13 +12,13 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from weir.datapath import libbpf, pins
 from weir.datapath.errors import DatapathError, DeviceGone
-from weir.datapath.libbpf import AttachType, LinkType
+from weir.datapath.libbpf import AttachType, LinkType, XdpMode
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +158,54 @@ class Links:
         except DeviceGone:
             return
         libbpf.tc_detach(ifindex, wanted.egress, TC_HANDLE, TC_PRIORITY)
+
+    # ---- XDP -----------------------------------------------------------------
+
+    def attach_xdp(self, ifname: str, program: str, modes: Sequence[XdpMode]) -> XdpMode | None:
+        """Attaches by the first of these modes that the device takes; one that is attached by any
+        of them stays. None: by none, and then nothing of ours is attached any more."""
+        ifindex = ifindex_of(ifname)
+        path = self._tree.interface(ifname) / program
+        name = f"{program} of {ifname}"
+        fd = libbpf.get_pinned(path)
+        if fd is not None:
+            try:
+                mode = self._keep_xdp(fd, ifindex, program, name, modes)
+                if mode is not None:
+                    return mode
+                libbpf.detach_link(fd, name)
+                path.unlink()
+                logger.info("detached %s", name)
+            finally:
+                os.close(fd)
+        for mode in modes:
+            try:
+                fd = libbpf.create_link(
+                    self._programs[program], ifindex, AttachType.XDP, name, flags=mode
+                )
+            except DatapathError as error:
+                logger.info("%s: no %s XDP: %s", ifname, mode.name.lower(), error)
+                continue
+            try:
+                pins.make_folder(path.parent)
+                pins.pin_over(fd, path)
+            finally:
+                os.close(fd)
+            logger.info("attached %s, %s", name, mode.name.lower())
+            return mode
+        return None
+
+    def _keep_xdp(
+        self, fd: int, ifindex: int, program: str, name: str, modes: Sequence[XdpMode]
+    ) -> XdpMode | None:
+        """The mode of a link that may stay, with the current program; None: it may not."""
+        if not libbpf.is_link(fd) or libbpf.link_info(fd, name).ifindex != ifindex:
+            return None
+        mode = libbpf.xdp_mode(ifindex, name)
+        if mode not in modes:
+            return None
+        self._update(fd, program, name)
+        return mode
 
     # ---- after a start -----------------------------------------------------------
 

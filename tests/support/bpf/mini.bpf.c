@@ -47,6 +47,7 @@ TABLE(affinity, LRU_HASH, 0, 4096, struct affinity_key, struct affinity);
 TABLE(netns_addresses, HASH, 0, 256, __u64, struct netns_addresses);
 TABLE(source_ranges, LPM_TRIE, BPF_F_NO_PREALLOC, 4096, struct source_range_key, __u8);
 TABLE(announced, HASH, 0, 256, struct ip_addr, struct announced);
+TABLE(blocked, LPM_TRIE, BPF_F_NO_PREALLOC, 4096, struct prefix_key, struct blocked);
 TABLE(runtime, ARRAY, 0, 1, __u32, struct runtime);
 TABLE(metrics, PERCPU_HASH, 0, 64, struct metric_key, struct metric);
 
