@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Generic, Protocol, TypeVar, get_type_hints
@@ -27,17 +27,6 @@ _UNSIGNED = {1: "B", 2: "H", 4: "I", 8: "Q"}
 _ADDRESS = "ip_addr"
 
 
-class Codec(Protocol[R]):
-    """One type of map keys, values or records."""
-
-    size: int
-
-    def encode(self, item: R) -> bytes: ...
-    def encode_all(self, items: Iterable[R]) -> bytes: ...
-    def decode(self, data: bytes) -> R: ...
-    def decode_all(self, data: bytes) -> Iterator[R]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Leaf:
     """A scalar, address or byte string at a place in a struct."""
@@ -47,6 +36,19 @@ class Leaf:
     form: str
     size: int
     big: bool
+
+
+class Codec(Protocol[R]):
+    """One type of map keys, values or records."""
+
+    size: int
+
+    @property
+    def leaves(self) -> Sequence[Leaf]: ...
+    def encode(self, item: R) -> bytes: ...
+    def encode_all(self, items: Iterable[R]) -> bytes: ...
+    def decode(self, data: bytes) -> R: ...
+    def decode_all(self, data: bytes) -> Iterator[R]: ...
 
 
 def leaves(btf: Btf, number: int, path: str = "", offset: int = 0) -> list[Leaf]:
@@ -82,7 +84,7 @@ def signature(btf: Btf, number: int) -> str:
     return f"{btf.size(number)}[{' '.join(parts)}]"
 
 
-def _format(found: list[Leaf], size: int, order: str) -> str:
+def layout_of(found: list[Leaf], size: int, order: str) -> str:
     form, at = [order], 0
     for leaf in found:
         form.append(f"{leaf.offset - at}x" if leaf.offset > at else "")
@@ -101,7 +103,7 @@ class Scalar:
     """Addresses and byte strings as they are (`form` "16s"), or single numbers ("I")."""
 
     def __init__(self, btf: Btf, number: int) -> None:
-        (leaf,) = leaves(btf, number)
+        (leaf,) = self.leaves = leaves(btf, number)
         order = ">" if leaf.big else "<"
         self._struct = struct.Struct(order + leaf.form)
         self.size = self._struct.size
@@ -123,7 +125,7 @@ class Record(Generic[R]):
     """A struct as a dataclass whose fields are the struct's members, in order."""
 
     def __init__(self, btf: Btf, number: int, record: type[R]) -> None:
-        found = leaves(btf, number)
+        found = self.leaves = leaves(btf, number)
         paths = [leaf.path for leaf in found]
         self._build, expected = _builder(record)
         if paths != [path.rstrip("_") for path in expected]:
@@ -133,7 +135,7 @@ class Record(Generic[R]):
         numbers = [leaf for leaf in found if leaf.size > 1 and not leaf.form.endswith("s")]
         all_big = bool(numbers) and all(leaf.big for leaf in numbers)
         self.size = btf.size(number)
-        self._struct = struct.Struct(_format(found, self.size, ">" if all_big else "<"))
+        self._struct = struct.Struct(layout_of(found, self.size, ">" if all_big else "<"))
         self._swaps = tuple(
             (at, _swapper(leaf)) for at, leaf in enumerate(found) if leaf.big and not all_big
         )

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Protocol, TypeVar
 
 from weir.datapath import libbpf
 from weir.datapath.codec import Codec
 from weir.datapath.errors import TableFull
+from weir.datapath.view import View
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -54,6 +55,15 @@ class Table(TableLike[K, V]):
     def _walk(self, value_size: int) -> Iterator[tuple[bytes, bytes]]:
         chunk = min(CHUNK, self.max_entries)
         return libbpf.walk(self.fd, self._keys.size, value_size, chunk)
+
+    def view(
+        self, keys: Sequence[str] = (), values: Sequence[str] = (), watched: Sequence[str] = ()
+    ) -> View[K, V]:
+        """A walk that looks at these members only, and deletes what has not changed in those that
+        are `watched` (of the value)."""
+        chunk = min(CHUNK, self.max_entries)
+        members = (keys, values, watched)
+        return View(self.name, self.fd, chunk, self._keys, self._values, members)
 
     def get(self, key: K) -> V | None:
         found = libbpf.lookup(self.fd, self._keys.encode(key), self._values.size)
