@@ -31,8 +31,9 @@ LOCAL = {
 }
 CLUSTER = {
     "cluster_ip": "connects to a ClusterIP against the pod's address, 10 and 10,000 services",
+    "node_port": "connects from outside by NodePort and LoadBalancer address, 1 and 1,000 clients",
     "memory": "RSS of agent and operator",
-    "kube_proxy": "connects to a ClusterIP against bridge + kube-proxy (makes its own clusters)",
+    "kube_proxy": "all these connects against bridge + kube-proxy (makes its own clusters)",
 }
 PRIVATE_MOUNTS = ("unshare", "--mount", "--propagation", "private")
 

@@ -13,14 +13,14 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from bench import load
+from bench import etcd, load
 from bench.errors import BenchError
 from e2e.cluster import host
 from e2e.cluster.binaries import binary_folder
@@ -197,7 +197,7 @@ def place(cpus: set[int]) -> None:
 
 
 def service(name: str) -> dict[str, Any]:
-    port = {"name": "load", "port": SERVICE_PORT, "targetPort": BACKEND_PORT}
+    port = {"name": "load", "port": SERVICE_PORT, "targetPort": BACKEND_PORT, "protocol": "TCP"}
     spec = {"ports": [port], "ipFamilyPolicy": "SingleStack", "ipFamilies": ["IPv4"]}
     return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": spec}
 
@@ -255,6 +255,34 @@ def create_services(names: Sequence[str], addr: str) -> None:
             raise BenchError(
                 f"the API server went away while Services were made: {error}"
             ) from error
+
+
+@contextmanager
+def filling(addr: str) -> Iterator[Callable[[int], str]]:
+    """Gives a function that makes Services of the backend `addr` until there are so many.
+
+    It returns the last one's name. The namespace's end is theirs; on the local cluster, where
+    there may be many of them, they are gone before.
+    """
+    made = 0
+    local = kubeconfig().resolve() == KUBECONFIG.resolve()
+
+    def fill(size: int) -> str:
+        nonlocal made
+        new, made = range(made, size), size
+        if local:
+            names = etcd.create(NAMESPACE, new, service("")["spec"]["ports"],
+                                endpoint_slice("", addr))  # fmt: skip
+        else:
+            names = [f"fill-{number}" for number in new]
+            create_services(names, addr)
+        return names[-1]
+
+    try:
+        yield fill
+    finally:
+        if local:
+            etcd.remove(NAMESPACE, range(made))
 
 
 def cluster_ip(name: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weir against the bridge plugin with the real kube-proxy: connects to ClusterIPs, whole stacks.
+"""Weir against the bridge plugin with the real kube-proxy: connects to Services, whole stacks.
 
 Two network stacks cannot share nodes, so each gets the same cluster after the other, made by
 `make cluster` and taken down again: here the rates are absolute ones, minutes apart. So Weir is
@@ -34,11 +34,11 @@ def make(target: str, variables: Mapping[str, str]) -> None:
         raise BenchError(f"{' '.join(command)} failed")
 
 
-def rates(variables: Mapping[str, str]) -> dict[tuple[str, int], list[float]]:
-    """Connections a second to a ClusterIP of each turn, by place and number of Services."""
+def rates(variables: Mapping[str, str]) -> dict[str, list[float]]:
+    """Connections a second of each turn, by path and number of Services."""
     make("cluster", variables)
     try:
-        return {(r.where, r.services): r.by_service for r in cluster_ip.measure()}
+        return {r.text: r.values for r in cluster_ip.measure(from_outside=True)}
     finally:
         make("cluster-down", {})
 
@@ -51,9 +51,8 @@ def run() -> list[result.Result]:
     after = rates(WEIR)
     results = []
     for peer, theirs in peers.items():
-        for (where, services), values in theirs.items():
-            runs = [median(before[where, services]), median(after[where, services])]
+        for text, values in theirs.items():
+            runs = [median(before[text]), median(after[text])]
             weir, other = mean(runs), median(values)
-            text = f"connect to a ClusterIP, {where}, {services} services"
             results.append(result.Result(text, weir, "1/s", peer, other, weir / other, len(values)))
     return results

@@ -57,11 +57,13 @@ def figures(services: int) -> list[result.Result]:
 def run() -> list[result.Result]:
     cluster.require_up()
     results = figures(0)
-    with cluster.load_pods({"client": "node1", "near": "node1"}) as addresses:
-        names = [f"fill-{number}" for number in range(SERVICES)]
-        cluster.create_services(names, addresses["near"])
+    with (
+        cluster.load_pods({"client": "node1", "near": "node1"}) as addresses,
+        cluster.filling(addresses["near"]) as fill,
+    ):
+        name = fill(SERVICES)
         with cluster.server("near"):
-            last = load.Target(cluster.cluster_ip(names[-1]), cluster.SERVICE_PORT)
-            cluster.wait_for_answer("client", last, f"Service {names[-1]}")
+            last = load.Target(cluster.cluster_ip(name), cluster.SERVICE_PORT)
+            cluster.wait_for_answer("client", last, f"Service {name}")
         results += figures(SERVICES)
     return results

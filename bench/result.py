@@ -30,6 +30,20 @@ class Result:
     runs: int
 
 
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """A rate of each turn with that many Services, and of `direct`, which took turns with it."""
+
+    name: str
+    services: int
+    values: list[float]
+    direct: list[float]
+
+    @property
+    def text(self) -> str:
+        return f"{self.name}, {self.services} services"
+
+
 def alone(name: str, unit: str, values: Sequence[float]) -> Result:
     return Result(name, median(values), unit, "", None, None, len(values))
 

@@ -23,14 +23,20 @@ CPU = max(os.sched_getaffinity(0))
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a client connects to, and from which network namespace ("-": its own)."""
+    """Where a client connects to, and from which network namespace ("-": its own).
+
+    sources: IPv4 addresses to connect from in turn, from `source` on; 0: the kernel's choice.
+    """
 
     address: str
     port: int
     netns: str = "-"
+    source: str = ""
+    sources: int = 0
 
     def __str__(self) -> str:
-        return f"{self.netns},{self.address},{self.port}"
+        where = f"{self.netns},{self.address},{self.port}"
+        return f"{where},{self.source},{self.sources}" if self.sources else where
 
 
 def build() -> Path:

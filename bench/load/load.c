@@ -3,9 +3,10 @@
  * Load for the benchmarks: one small static program, so that it runs in any pod.
  *
  *   load server CPU PORT,... NETNS...
- *   load client CPU MODE SECONDS TURN_MS NETNS,ADDRESS,PORT...
+ *   load client CPU MODE SECONDS TURN_MS NETNS,ADDRESS,PORT[,SOURCE,COUNT]...
  *
- * NETNS is a path, or - for the one it was started in. CPU -1: any. The client gives its targets
+ * NETNS is a path, or - for the one it was started in. CPU -1: any. Connections to a target with
+ * SOURCE come from COUNT IPv4 addresses in turn, from that one on. The client gives its targets
  * turns, so that what else the machine does hits all alike, and prints for each turn
  * "TARGET COUNT NANOSECONDS". COUNT is connections (crr: connect, a byte each way, end),
  * round trips (rr, urr over UDP) or bytes (stream). Whatever fails ends the program: a rate with
@@ -216,6 +217,8 @@ struct target {
 	struct sockaddr_storage address;
 	socklen_t size;
 	int fd;				/* rr, urr, stream: kept over all turns */
+	uint32_t source, sources;	/* the first one, in host order, and how many */
+	uint32_t turn;
 };
 
 static uint64_t now(void)
@@ -230,6 +233,8 @@ static struct target parse(char *text)
 {
 	struct target target = { .netns = strtok(text, ","), .fd = -1 };
 	char *address = strtok(NULL, ","), *port = strtok(NULL, ",");
+	char *source = strtok(NULL, ","), *sources = strtok(NULL, ",");
+	struct in_addr first;
 	struct sockaddr_in *v4 = (void *)&target.address;
 	struct sockaddr_in6 *v6 = (void *)&target.address;
 
@@ -247,10 +252,29 @@ static struct target parse(char *text)
 	} else {
 		die(address);
 	}
+	if (sources) {
+		if (inet_pton(AF_INET, source, &first) != 1)
+			die(source);
+		target.source = ntohl(first.s_addr);
+		target.sources = atoi(sources);
+	}
 	return target;
 }
 
-static int dial(const struct target *target, int type)
+/* The next of the target's source addresses; the port is chosen by connect, as without. */
+static void bind_source(struct target *target, int fd)
+{
+	struct sockaddr_in from = { .sin_family = AF_INET };
+	int one = 1;
+
+	if (!target->sources)
+		return;
+	from.sin_addr.s_addr = htonl(target->source + target->turn++ % target->sources);
+	setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof(one));
+	check(bind(fd, (void *)&from, sizeof(from)), "bind to a source address");
+}
+
+static int dial(struct target *target, int type)
 {
 	struct timeval patience = { .tv_sec = WAIT_SECONDS };
 	int one = 1;
@@ -260,6 +284,7 @@ static int dial(const struct target *target, int type)
 	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof(patience));
 	if (type == SOCK_STREAM)
 		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	bind_source(target, fd);
 	check(connect(fd, (void *)&target->address, target->size), "connect");
 	return fd;
 }
