@@ -9,6 +9,7 @@
 #define CT_SECONDS_TCP_ESTABLISHED 21600
 #define CT_SECONDS_TCP_HALF_CLOSED 3600
 #define CT_SECONDS_TCP_CLOSED 30
+#define CT_SECONDS_SCTP 210		/* heartbeats come every 30 s */
 #define CT_SECONDS_UNREPLIED 60
 #define CT_SECONDS_REPLIED 180
 
@@ -47,6 +48,12 @@ static __always_inline void ct_make_key(struct packet *packet)
 	packet->source_is_low = source_is_low;
 }
 
+/* TCP and SCTP say when a flow opens and closes. */
+static __always_inline bool is_connection(const struct packet *packet)
+{
+	return packet->flow.l4_proto == IPPROTO_TCP || packet->flow.l4_proto == IPPROTO_SCTP;
+}
+
 static __always_inline bool tcp_opens(const struct packet *packet)
 {
 	return (packet->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
@@ -80,10 +87,12 @@ static __always_inline bool ct_from_origin(const struct packet *packet, __u32 fl
 
 static __always_inline __u32 ct_lifetime(const struct packet *packet, __u32 flags)
 {
-	if (packet->flow.l4_proto != IPPROTO_TCP)
+	if (!is_connection(packet))
 		return flags & CT_REPLIED ? CT_SECONDS_REPLIED : CT_SECONDS_UNREPLIED;
 	if (ct_is_closing(flags))
 		return CT_SECONDS_TCP_CLOSED;
+	if (packet->flow.l4_proto == IPPROTO_SCTP)
+		return flags & CT_REPLIED ? CT_SECONDS_SCTP : CT_SECONDS_TCP_OPENING;
 	if (flags & (CT_FIN_ORIGIN | CT_FIN_REPLY))
 		return CT_SECONDS_TCP_HALF_CLOSED;
 	return flags & CT_REPLIED ? CT_SECONDS_TCP_ESTABLISHED : CT_SECONDS_TCP_OPENING;
@@ -96,7 +105,7 @@ static __always_inline __u32 ct_flags_after(const struct packet *packet, __u32 f
 {
 	if (!from_origin)
 		flags |= CT_REPLIED;
-	if (packet->flow.l4_proto != IPPROTO_TCP || packet->fragment == FRAGMENT_LATER)
+	if (!is_connection(packet) || packet->fragment == FRAGMENT_LATER)
 		return flags;
 	if (from_origin && !(packet->tcp_flags & TCP_SYN) && (flags & CT_SERVICE))
 		flags |= CT_REPLIED;
@@ -125,7 +134,7 @@ static __always_inline int ct_create(const struct packet *packet, struct ct_entr
 {
 	if (packet->source_is_low)
 		entry->flags |= CT_ORIGIN_IS_LOW;
-	if (packet->flow.l4_proto == IPPROTO_TCP && packet->fragment != FRAGMENT_LATER &&
+	if (is_connection(packet) && packet->fragment != FRAGMENT_LATER &&
 	    !(packet->tcp_flags & TCP_SYN))
 		entry->flags |= CT_REPLIED;
 	entry->flags = ct_flags_after(packet, entry->flags, true);

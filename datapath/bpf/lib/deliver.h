@@ -24,9 +24,15 @@ static __always_inline int deliver_to_pod(struct __sk_buff *ctx, const struct en
 	return bpf_redirect_peer(endpoint->ifindex, 0);
 }
 
+/* What the kernel gives as the size of the segments of SCTP (GSO_BY_FRAGS): each has its own,
+ * chosen for the path. */
+#define SEGMENTS_DIFFER 0xffff
+
 /* Bytes of IP that one packet on the wire has, also when the skb is many of them. */
 static __always_inline __u32 wire_length(const struct __sk_buff *ctx, const struct packet *packet)
 {
+	if (ctx->gso_size == SEGMENTS_DIFFER)
+		return 0;
 	if (ctx->gso_size)
 		return packet->l4_offset - ETH_HLEN + packet->l4_header + ctx->gso_size;
 	return packet->l3_length;

@@ -15,6 +15,7 @@
 
 #include "lib/address.h"
 #include "lib/icmp.h"
+#include "lib/sctp.h"
 
 #define EXTENSION_HEADERS_MAX 6
 
@@ -76,13 +77,13 @@ struct packet {
 	__be32 fragment_id;
 	__u32 l3_length;		/* of the IP packet, headers included */
 	__u32 l4_offset;
-	__u32 l4_header;		/* length of the TCP, UDP or ICMP header */
+	__u32 l4_header;		/* length of the TCP, UDP, SCTP or ICMP header */
 	__u32 quoted_l3_offset;		/* ICMP error: the packet quoted in it; 0: no error */
 	__u32 quoted_l4_offset;
 	__u8 fragment;			/* enum fragment_part */
 	__u8 fragment_proto;		/* what the fragment header names, the same in all parts */
 	__u8 dont_fragment;
-	__u8 tcp_flags;
+	__u8 tcp_flags;			/* SCTP: those that its first chunk amounts to */
 	__u8 hop_limit;
 	__u8 traffic_class;
 	__u8 l3_proto;			/* transport of the IP packet itself, also in ICMP errors */
@@ -272,6 +273,41 @@ static __always_inline bool icmp_is_error(const struct packet *packet, __u8 icmp
 	       icmp_type == ICMP_PARAMETERPROB || icmp_type == ICMP_SOURCE_QUENCH;
 }
 
+/* What the first chunk does to an association, in TCP's words. A SHUTDOWN ACK is the last that
+ * a client says when the server ends it. */
+static __always_inline __u8 sctp_flags(__u8 chunk)
+{
+	switch (chunk) {
+	case SCTP_INIT:
+		return TCP_SYN;
+	case SCTP_INIT_ACK:
+		return TCP_SYN | TCP_ACK;
+	case SCTP_SHUTDOWN_ACK:
+		return TCP_FIN | TCP_ACK;
+	case SCTP_ABORT:
+	case SCTP_SHUTDOWN_COMPLETE:
+		return TCP_RST;
+	default:
+		return TCP_ACK;
+	}
+}
+
+/* Only a fragment may end before the checksum. A packet without chunks is none of ours to judge. */
+static __always_inline int parse_sctp(struct __sk_buff *ctx, const struct cursor *cursor,
+				      struct packet *packet)
+{
+	__u32 chunk_offset = cursor->offset + sizeof(struct sctp_header);
+	__u8 chunk = SCTP_DATA;
+
+	if (chunk_offset > cursor->end && !packet->fragment)
+		return -DROP_MALFORMED;
+	if (chunk_offset < cursor->end && bpf_skb_load_bytes(ctx, chunk_offset, &chunk, 1))
+		return -DROP_MALFORMED;
+	packet->l4_header = sizeof(struct sctp_header);
+	packet->tcp_flags = sctp_flags(chunk);
+	return 0;
+}
+
 /* The transport header. Of a quoted one only the first 8 bytes are sure to be there. */
 static __always_inline int parse_l4(struct __sk_buff *ctx, const struct cursor *cursor,
 				    struct packet *packet, bool quoted)
@@ -326,6 +362,8 @@ static __always_inline int parse_l4(struct __sk_buff *ctx, const struct cursor *
 		packet->flow.source_port = l4.source_port;
 		packet->flow.destination_port = l4.destination_port;
 	}
+	if (packet->flow.l4_proto == IPPROTO_SCTP && !quoted)
+		return parse_sctp(ctx, cursor, packet);
 	return 0;
 }
 

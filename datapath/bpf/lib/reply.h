@@ -86,14 +86,27 @@ struct icmp_error {
 };
 _Static_assert(sizeof(struct icmp_error) == 8, "icmp_error");
 
+/* The kernel does not cut before a checksum that the device is to fill in: TCP's and SCTP's are
+ * past the 8 bytes that an error must quote. */
+static __always_inline __u32 l4_quote(const struct packet *packet)
+{
+	__u32 length = packet->l3_length - (packet->l4_offset - ETH_HLEN);
+
+	switch (packet->l3_proto) {
+	case IPPROTO_TCP:
+		return sizeof(struct tcphdr);
+	case IPPROTO_SCTP:
+		return length < SCTP_QUOTE ? sizeof(struct sctp_header) : SCTP_QUOTE;
+	default:
+		return 8;
+	}
+}
+
 /* Makes the packet an ICMP error from @source that quotes it. 0 or a drop reason. */
 __subprogram int reply_icmp(struct __sk_buff *ctx, const struct packet *packet,
 				 const struct ip_addr *source, struct icmp_error *icmp)
 {
-	/* The kernel does not cut before a checksum that the device is to fill in: TCP's is past
-	 * the 8 bytes that an error must quote. */
-	__u32 l4_quote = packet->l3_proto == IPPROTO_TCP ? sizeof(struct tcphdr) : 8;
-	__u32 quote = packet->l4_offset - ETH_HLEN + l4_quote;
+	__u32 quote = packet->l4_offset - ETH_HLEN + l4_quote(packet);
 	__u32 ip_header = packet->ipv6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr);
 	__u32 room = ip_header + sizeof(*icmp);
 	__s64 sum = 0;

@@ -2,6 +2,7 @@
 /* Changing one end of a packet, with all checksums, also inside ICMP errors. */
 #pragma once
 
+#include "lib/crc32c.h"
 #include "lib/packet.h"
 
 enum packet_end {
@@ -36,7 +37,7 @@ static __always_inline int rewrite_l3(struct __sk_buff *ctx, const struct packet
 	return store_address(ctx, packet, l3_offset, end, address) ? -DROP_REWRITE : 0;
 }
 
-/* Where the transport's checksum is; 0: it has none, or none that we translate. */
+/* Where the transport's Internet checksum is; 0: it has none, or another one. */
 static __always_inline __u32 checksum_field(__u8 l4_proto)
 {
 	switch (l4_proto) {
@@ -81,13 +82,60 @@ static __always_inline int update_pseudo_header(struct __sk_buff *ctx, const str
 	return 0;
 }
 
+static __always_inline bool has_ports(__u8 l4_proto)
+{
+	return checksum_field(l4_proto) || l4_proto == IPPROTO_SCTP;
+}
+
+/* A fragmented SCTP packet cannot get another port: its checksum depends on how long the whole
+ * is, which the first part does not say. All parts go, or the receiver would keep the rest. */
+static __always_inline bool rewrite_is_impossible(const struct packet *packet)
+{
+	return packet->fragment && packet->flow.l4_proto == IPPROTO_SCTP &&
+	       !packet->quoted_l3_offset;
+}
+
+/* SCTP's checksum, before @from becomes @to. 0 says that the sender's device is to fill it in,
+ * so it stays; a checksum that happens to be 0 goes wrong, once in four thousand million. */
+static __always_inline int update_crc(struct __sk_buff *ctx, const struct packet *packet,
+				      __u32 port_offset, __be16 from, __be16 to)
+{
+	__u32 field = packet->l4_offset + offsetof(struct sctp_header, checksum);
+	__u32 end = ETH_HLEN + packet->l3_length;
+	__be32 checksum;
+
+	if (bpf_skb_load_bytes(ctx, field, &checksum, sizeof(checksum)))
+		return -DROP_REWRITE;
+	if (!checksum)
+		return 0;
+	checksum ^= crc32c_difference(from, to, end - port_offset);
+	return bpf_skb_store_bytes(ctx, field, &checksum, sizeof(checksum),
+				   BPF_F_RECOMPUTE_CSUM) ? -DROP_REWRITE : 0;
+}
+
+static __always_inline int rewrite_sctp_port(struct __sk_buff *ctx, const struct packet *packet,
+					     enum packet_end end, __be16 from, __be16 to)
+{
+	__u32 offset = packet->l4_offset + port_field(IPPROTO_SCTP, end);
+	int error = update_crc(ctx, packet, offset, from, to);
+
+	if (error)
+		return error;
+	return bpf_skb_store_bytes(ctx, offset, &to, sizeof(to), BPF_F_RECOMPUTE_CSUM) ?
+		       -DROP_REWRITE : 0;
+}
+
 static __always_inline int rewrite_port(struct __sk_buff *ctx, const struct packet *packet,
 					enum packet_end end, __be16 from, __be16 to)
 {
 	__u32 field = checksum_field(packet->l3_proto);
 	__u64 flags = packet->l3_proto == IPPROTO_UDP ? BPF_F_MARK_MANGLED_0 : 0;
 
-	if (!field || from == to)
+	if (from == to)
+		return 0;
+	if (packet->l3_proto == IPPROTO_SCTP)
+		return rewrite_sctp_port(ctx, packet, end, from, to);
+	if (!field)
 		return 0;
 	if (bpf_l4_csum_replace(ctx, packet->l4_offset + field, from, to, flags | sizeof(to)) ||
 	    bpf_skb_store_bytes(ctx, packet->l4_offset + port_field(packet->l3_proto, end), &to,
@@ -133,6 +181,8 @@ __subprogram int rewrite(struct __sk_buff *ctx, struct packet *packet, enum pack
 
 	if (address_is_ipv4(address) != !packet->ipv6)
 		return -DROP_REWRITE;
+	if (old_port != port && rewrite_is_impossible(packet))
+		return -DROP_FRAGMENT;
 	/* A router's error keeps its own source. */
 	if (end == END_DESTINATION || address_equal(&old, &packet->sender)) {
 		error = rewrite_l3(ctx, packet, ETH_HLEN, end, address, diff);

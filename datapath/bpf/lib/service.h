@@ -42,7 +42,7 @@ static __always_inline const struct service *service_find(const struct ip_addr *
 		.scope = SCOPE_INTERNAL,
 	};
 
-	if (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP)
+	if (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP && protocol != IPPROTO_SCTP)
 		return NULL;
 	return bpf_map_lookup_elem(&services, &key);
 }

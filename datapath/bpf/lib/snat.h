@@ -30,7 +30,7 @@ static __always_inline void snat_node_address(const struct packet *packet, struc
 
 static __always_inline bool snat_has_ports(const struct packet *packet)
 {
-	return checksum_field(packet->flow.l4_proto) && packet->flow.source_port;
+	return has_ports(packet->flow.l4_proto) && packet->flow.source_port;
 }
 
 static __always_inline bool snat_is_icmp(__u8 l4_proto)
