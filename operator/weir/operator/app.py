@@ -25,7 +25,7 @@ from weir.operator.distribution import OPTIONS, Distribution
 from weir.operator.handlers import KopfThread, node_handlers, problem_handlers
 from weir.operator.leader import Leader
 from weir.operator.model import Model
-from weir.operator.objects import Node, Problem
+from weir.operator.objects import Problem
 from weir.operator.reflector import Reflector, Timing
 from weir.operator.revisions import Revisions
 from weir.operator.servers import ServerWatch
@@ -77,7 +77,7 @@ class App:
         revisions = Revisions(uuid.uuid4().hex)
         certificates = Certificates(api, self.config.namespace)
         gap = self.config.batch_milliseconds / 1000
-        model = Model(revisions, gap, self._synced, self._conflict)
+        model = Model(revisions, gap, self._synced, self._report)
         distribution = Distribution(
             revisions, Authenticator(api, self.config.namespace), model, self._agent_ready
         )
@@ -185,12 +185,9 @@ class App:
             self._writer.mark_ready(node)
 
     def _report(self, about: Reference, problems: tuple[Problem, ...]) -> None:
+        """Of conflicts both replicas tell: an Event is posted once, whoever is first."""
         if self._writer is not None:
             self._writer.report(about, problems)
-
-    def _conflict(self, node: Node, problems: tuple[Problem, ...]) -> None:
-        """Both replicas say it: an Event is posted once, whoever is first."""
-        self._report(Reference("v1", "Node", "", node.key.name, node.uid, "", 0), problems)
 
     def _synced(self) -> None:
         if self._distribution is not None:
@@ -230,5 +227,8 @@ class App:
         yield Sample("weir_operator_compile_seconds_total", self._model.compile_seconds)
         yield Sample("weir_operator_compilations_total", self._model.compilations)
         yield Sample("weir_operator_problems_total", self._model.problem_count)
-        yield Sample("weir_operator_pod_cidr_conflicts", len(self._model.conflicts))
+        conflicts = self._model.claims.counts()
+        yield Sample("weir_operator_pod_cidr_conflicts", conflicts["Node"])
+        yield Sample("weir_operator_service_conflicts", conflicts["Service"])
+        yield Sample("weir_operator_host_port_conflicts", conflicts["Pod"])
         yield Sample("weir_operator_leader", bool(self._leader and self._leader.leading))

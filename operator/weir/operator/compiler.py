@@ -16,11 +16,12 @@ from weir.api.address import Addr, Cidr, is_ipv4
 from weir.operator import resources
 from weir.operator.classes import Cell, Classes, Content, Space
 from weir.operator.matching import Group, Matcher
-from weir.operator.objects import EndpointSlice, Key, Namespace, Node, Pod, Service
+from weir.operator.objects import EndpointSlice, Key, Namespace, Node, Pod
 from weir.operator.policy import NetworkPolicy
 from weir.operator.prefixes import Changes, Prefix, PrefixTree, SortedInts
 from weir.operator.resources import Change
 from weir.operator.selectors import IpBlock, Selector
+from weir.operator.services import Service
 
 UNSENT = -1
 # What cells hold: a pod's address, a pod by uid (its labels alone), an ipBlock's prefix.
@@ -104,6 +105,7 @@ class Compiler:
     # Services, slices, nodes and namespaces
 
     def service(self, key: Key, new: Service | None) -> None:
+        """None also for one that nodes are not to serve."""
         if new is not None and not (new.cluster_ips and new.ports):
             new = None
         self._emit(resources.service(key, new))

@@ -18,7 +18,7 @@ from typing import Any, cast
 import kopf
 import msgspec
 
-from weir.operator import objects, policy, wire
+from weir.operator import policy, services, wire
 from weir.operator.kubeconfig import Access
 from weir.operator.objects import Problem
 from weir.operator.writes import TAINT, Reference
@@ -98,7 +98,7 @@ def problem_handlers(report: Report) -> kopf.OperatorRegistry:
 
 
 def service_problems(body: Mapping[str, object]) -> tuple[Problem, ...]:
-    return objects.parse_service(msgspec.convert(dict(body), wire.Service)).problems
+    return services.parse_service(msgspec.convert(dict(body), wire.Service)).problems
 
 
 def policy_problems(body: Mapping[str, object]) -> tuple[Problem, ...]:

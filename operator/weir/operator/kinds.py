@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import msgspec
 
-from weir.operator import objects, policy, wire
+from weir.operator import objects, policy, services, wire
 from weir.operator.objects import Parsed
 from weir.operator.reflector import Kind, Reader
 
@@ -25,7 +25,7 @@ def reader(struct: type[W], parse: Callable[[W], Parsed[T]]) -> Reader[T]:
 NAMESPACE = Kind("Namespace", "/api/v1/namespaces", reader(wire.Namespace, objects.parse_namespace))
 NODE = Kind("Node", "/api/v1/nodes", reader(wire.Node, objects.parse_node))
 POD = Kind("Pod", "/api/v1/pods", reader(wire.Pod, objects.parse_pod))
-SERVICE = Kind("Service", "/api/v1/services", reader(wire.Service, objects.parse_service))
+SERVICE = Kind("Service", "/api/v1/services", reader(wire.Service, services.parse_service))
 SLICE = Kind(
     "EndpointSlice",
     "/apis/discovery.k8s.io/v1/endpointslices",

@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weir.api.address import Addr
+from weir.operator.claims import Claims, Tell
 from weir.operator.compiler import Compiler
-from weir.operator.objects import Key, Node, Problem
-from weir.operator.podcidrs import PodCidrs
+from weir.operator.objects import Key, Problem
 from weir.operator.revisions import Revisions
+from weir.operator.writes import Reference
 
 logger = logging.getLogger(__name__)
 
@@ -38,17 +39,19 @@ class Model:
     revisions: Revisions
     gap: float
     on_synced: Callable[[], None]
-    on_conflict: Callable[[Node, tuple[Problem, ...]], None] = lambda _node, _problems: None
+    on_conflict: Tell = lambda _reference, _problems: None
     compiler: Compiler = field(default_factory=Compiler)
-    conflicts: dict[str, tuple[Problem, ...]] = field(default_factory=dict)  # by node
+    claims: Claims = field(init=False)
     compile_seconds: float = 0.0
     compilations: int = 0
     problem_count: int = 0
-    _pod_cidrs: PodCidrs = field(default_factory=PodCidrs)
     _waiting: dict[str, dict[Key, object]] = field(default_factory=dict)
     _synced: set[str] = field(default_factory=set)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _complete: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.claims = Claims(self.compiler, self._conflict)
 
     # Consumer
 
@@ -127,31 +130,23 @@ class Model:
             case "NetworkPolicy":
                 self.compiler.policy(key, new)
             case "Node":
-                self._node(key, new)
+                self.claims.node(key, new)
             case "Pod":
-                self.compiler.pod(key, new)
+                self.claims.pod(key, new)
             case "Service":
-                self.compiler.service(key, new)
+                self.claims.service(key, new)
             case "EndpointSlice":
                 self.compiler.slice(key, new)
         self.compile_seconds += time.perf_counter() - started
 
-    def _node(self, key: Key, new: Node | None) -> None:
-        if new is None:
-            self.conflicts.pop(key.name, None)
-            self.compiler.node(key, None)
-        for name, (node, problems) in self._pod_cidrs.change(key.name, new).items():
-            self.compiler.node(node.key, node)
-            known = self.conflicts.pop(name, ())
-            if problems:
-                self.conflicts[name] = problems
-            if problems != known:
-                self.problems("Node", node.key, problems)
-                self.on_conflict(node, problems)
+    def _conflict(self, about: Reference, problems: tuple[Problem, ...]) -> None:
+        self.problems(about.kind, Key(about.namespace, about.name), problems)
+        self.on_conflict(about, problems)
 
     def _publish(self, always: bool = False) -> None:
         self._changed.clear()
         started = time.perf_counter()
+        self.claims.settle()
         changes = self.compiler.flush()
         news = self.revisions.publish(changes, always)
         self.compile_seconds += time.perf_counter() - started

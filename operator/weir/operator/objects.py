@@ -9,7 +9,7 @@ the rules about failing closed: `weir.operator.policy`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -17,8 +17,11 @@ from weir.api.address import Addr, Cidr, parse, parse_cidr
 from weir.operator import wire
 
 PROTOCOLS = {"TCP": 6, "UDP": 17, "SCTP": 132}
-# Labels, with any value, of Services that another proxy serves or that nobody is to.
-NOT_OURS = frozenset({"service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless"})
+PROTOCOL_NAMES = {number: name for name, number in PROTOCOLS.items()}
+# With any value: a Service, and so its slices, that another proxy serves; slices for DNS alone.
+PROXY_NAME = "service.kubernetes.io/service-proxy-name"
+HEADLESS = "service.kubernetes.io/headless"
+ZONE = "topology.kubernetes.io/zone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +56,11 @@ class Parsed(Generic[T]):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Port:
-    """A port of a Service or an EndpointSlice, or a container's named port."""
+    """A port of an EndpointSlice, or a container's named port."""
 
     name: str
     protocol: int
     port: int
-
-
-@dataclass(frozen=True, slots=True)
-class Service:
-    key: Key
-    cluster_ips: tuple[Addr, ...]  # empty: headless, ExternalName, or not allocated yet
-    ports: tuple[Port, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +71,14 @@ class Endpoint:
     terminating: bool
     node: str
     zone: str
+    for_zones: tuple[str, ...] = ()
+    for_nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointSlice:
     key: Key
-    service: str  # empty: of no Service
+    service: str  # empty: of no Service that nodes serve
     ports: tuple[Port, ...]
     endpoints: tuple[Endpoint, ...]
 
@@ -101,6 +99,17 @@ class Node:
     pod_cidrs: tuple[Cidr, ...]
     created: str = ""  # as a pod's
     uid: str = ""
+    zone: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HostPort:
+    """A container's port that its node answers on."""
+
+    protocol: int
+    host_port: int
+    container_port: int
+    host_ip: Addr | None = None  # None: all of the node's; 0.0.0.0 or ::: all of that family
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +122,7 @@ class Pod:
     live: bool  # False: in the host's network, or finished; then no address is its own
     addresses: tuple[Addr, ...]
     ports: tuple[Port, ...]  # the named ones
+    host_ports: tuple[HostPort, ...] = ()
 
 
 def key_of(meta: wire.Meta | wire.Identity) -> Key:
@@ -137,7 +147,7 @@ def port_number(port: int | None, field: str, problems: list[Problem]) -> int | 
     return port
 
 
-def _address(text: str, field: str, problems: list[Problem]) -> Addr | None:
+def parse_address(text: str, field: str, problems: list[Problem]) -> Addr | None:
     try:
         return parse(text)
     except ValueError as error:
@@ -145,13 +155,13 @@ def _address(text: str, field: str, problems: list[Problem]) -> Addr | None:
         return None
 
 
-def _addresses(texts: list[str], field: str, problems: list[Problem]) -> tuple[Addr, ...]:
-    found = (_address(text, f"{field}[{i}]", problems) for i, text in enumerate(texts))
+def parse_addresses(texts: list[str], field: str, problems: list[Problem]) -> tuple[Addr, ...]:
+    found = (parse_address(text, f"{field}[{i}]", problems) for i, text in enumerate(texts))
     return tuple(dict.fromkeys(addr for addr in found if addr is not None))
 
 
-def _ports(
-    ports: Sequence[wire.ServicePort | wire.SlicePort], field: str, problems: list[Problem]
+def _slice_ports(
+    ports: Sequence[wire.SlicePort], field: str, problems: list[Problem]
 ) -> tuple[Port, ...]:
     found: dict[tuple[str, int, int], Port] = {}
     for i, port in enumerate(ports):
@@ -163,34 +173,13 @@ def _ports(
     return tuple(found.values())
 
 
-def parse_service(raw: wire.Service) -> Parsed[Service]:
-    """ClusterIPs only: a headless or ExternalName Service comes out without addresses."""
-    problems: list[Problem] = []
-    spec = raw.spec
-    texts = spec.cluster_ips or ([spec.cluster_ip] if spec.cluster_ip else [])
-    texts = [text for text in texts if text and text != "None"]
-    if (
-        spec.type == "ExternalName"
-        or not texts
-        or not NOT_OURS.isdisjoint(raw.metadata.labels or ())
-    ):
-        return Parsed(Service(key_of(raw.metadata), (), ()))
-    if not spec.ports:
-        problems.append(Problem("spec.ports", "a Service with a cluster IP needs a port"))
-    addresses = _addresses(texts, "spec.clusterIPs", problems)
-    ports = _ports(spec.ports or [], "spec.ports", problems)
-    seen: set[tuple[int, int]] = set()
-    for i, port in enumerate(ports):
-        if (port.protocol, port.port) in seen:
-            problems.append(Problem(f"spec.ports[{i}]", f"port {port.port} is there twice"))
-        seen.add((port.protocol, port.port))
-    return Parsed(Service(key_of(raw.metadata), addresses, ports), tuple(problems))
-
-
 def parse_slice(raw: wire.EndpointSlice) -> Parsed[EndpointSlice]:
     """An endpoint's first address stands for it, as the API says that they are fungible."""
     problems: list[Problem] = []
-    service = (raw.metadata.labels or {}).get("kubernetes.io/service-name", "")
+    labels = raw.metadata.labels or {}
+    service = labels.get("kubernetes.io/service-name", "")
+    if PROXY_NAME in labels or HEADLESS in labels:
+        service = ""
     endpoints: list[Endpoint] = []
     with_addresses = raw.endpoints or []
     if raw.address_type == "FQDN":
@@ -200,25 +189,31 @@ def parse_slice(raw: wire.EndpointSlice) -> Parsed[EndpointSlice]:
         if not endpoint.addresses:
             problems.append(Problem(field, "an endpoint needs an address"))
             continue
-        address = _address(endpoint.addresses[0], f"{field}[0]", problems)
+        address = parse_address(endpoint.addresses[0], f"{field}[0]", problems)
         if address is None:
             continue
         conditions = endpoint.conditions or wire.Conditions()
-        ready = conditions.ready is not False
+        hints = endpoint.hints or wire.Hints()
         endpoints.append(
             Endpoint(
                 address=address,
-                ready=ready,
-                serving=ready if conditions.serving is None else conditions.serving,
+                ready=conditions.ready is not False,
+                serving=conditions.serving is not False,
                 terminating=bool(conditions.terminating),
                 node=sys.intern(endpoint.node_name or ""),
                 zone=sys.intern(endpoint.zone or ""),
+                for_zones=_hints(hints.for_zones),
+                for_nodes=_hints(hints.for_nodes),
             )
         )
     # A port without a number stands for all ports, which no Service can ask for.
-    ports = _ports([p for p in raw.ports or [] if p.port is not None], "ports", problems)
+    ports = _slice_ports([p for p in raw.ports or [] if p.port is not None], "ports", problems)
     key = key_of(raw.metadata)
     return Parsed(EndpointSlice(key, service, ports, tuple(endpoints)), tuple(problems))
+
+
+def _hints(names: list[wire.Hint] | None) -> tuple[str, ...]:
+    return tuple(sorted({sys.intern(hint.name) for hint in names or []}))
 
 
 def parse_namespace(raw: wire.Namespace) -> Parsed[Namespace]:
@@ -230,7 +225,7 @@ def parse_node(raw: wire.Node) -> Parsed[Node]:
     listed = [a for a in (raw.status.addresses if raw.status else None) or [] if a.address]
     texts = [a.address for a in listed if a.type == "InternalIP"]
     texts += [a.address for a in listed if a.type == "ExternalIP"]
-    addresses = _addresses(texts, "status.addresses", problems)
+    addresses = parse_addresses(texts, "status.addresses", problems)
     cidrs: list[Cidr] = []
     for text in raw.spec.pod_cidrs or ([raw.spec.pod_cidr] if raw.spec.pod_cidr else []):
         try:
@@ -239,7 +234,12 @@ def parse_node(raw: wire.Node) -> Parsed[Node]:
             problems.append(Problem("spec.podCIDRs", str(error)))
     meta = raw.metadata
     node = Node(
-        key_of(meta), addresses, tuple(cidrs), created=meta.creation_timestamp or "", uid=meta.uid
+        key_of(meta),
+        addresses,
+        tuple(cidrs),
+        created=meta.creation_timestamp or "",
+        uid=meta.uid,
+        zone=(meta.labels or {}).get(ZONE, ""),
     )
     return Parsed(node, tuple(problems))
 
@@ -260,20 +260,45 @@ def parse_pod(raw: wire.Pod) -> Parsed[Pod]:
         labels=labels_of(raw.metadata),
         node=sys.intern(raw.spec.node_name or ""),
         live=live,
-        addresses=_addresses(texts, "status.podIPs", problems) if live else (),
+        addresses=parse_addresses(texts, "status.podIPs", problems) if live else (),
         ports=_named_ports(raw.spec) if live else (),
+        host_ports=_host_ports(raw.spec, problems) if live else (),
     )
     return Parsed(pod, tuple(problems))
 
 
+def _container_ports(spec: wire.PodSpec) -> Iterator[wire.ContainerPort]:
+    """Of what runs as long as the pod does: containers, then init containers that are sidecars."""
+    for container in spec.containers or ():
+        yield from container.ports or ()
+    for container in spec.init_containers or ():
+        if container.restart_policy == "Always":
+            yield from container.ports or ()
+
+
 def _named_ports(spec: wire.PodSpec) -> tuple[Port, ...]:
-    """Containers before init sidecars, and the first of a name wins, as for a Service's target."""
-    sidecars = [c for c in spec.init_containers or [] if c.restart_policy == "Always"]
+    """The first of a name wins, as for a Service's target."""
     found: dict[tuple[str, int], Port] = {}
-    for container in [*(spec.containers or []), *sidecars]:
-        for port in container.ports or []:
-            protocol = PROTOCOLS.get(port.protocol or "TCP")
-            if port.name and protocol and 1 <= port.container_port <= 65535:
-                made = Port(sys.intern(port.name), protocol, port.container_port)
-                found.setdefault((made.name, protocol), made)
+    for port in _container_ports(spec):
+        protocol = PROTOCOLS.get(port.protocol or "TCP")
+        if port.name and protocol and 1 <= port.container_port <= 65535:
+            made = Port(sys.intern(port.name), protocol, port.container_port)
+            found.setdefault((made.name, protocol), made)
     return tuple(sorted(found.values()))
+
+
+def _host_ports(spec: wire.PodSpec, problems: list[Problem]) -> tuple[HostPort, ...]:
+    found: dict[tuple[int, int, Addr | None], HostPort] = {}
+    for port in _container_ports(spec):
+        if not port.host_port:
+            continue
+        field = f"hostPort {port.host_port}"
+        protocol = protocol_number(port.protocol, field, problems)
+        number = port_number(port.host_port, field, problems)
+        target = port_number(port.container_port, field, problems)
+        host_ip = parse_address(port.host_ip, field, problems) if port.host_ip else None
+        if not (protocol and number and target) or (port.host_ip and host_ip is None):
+            continue
+        made = HostPort(protocol, number, target, host_ip)
+        found.setdefault((protocol, number, host_ip), made)
+    return tuple(found.values())

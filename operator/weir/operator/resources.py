@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from weir.api.address import Addr, Cidr, text
 from weir.api.v1 import weir_pb2 as pb
 from weir.operator.classes import Content
-from weir.operator.objects import EndpointSlice, Key, Node, Pod, Port, Service
+from weir.operator.objects import EndpointSlice, Key, Node, Pod, Port
 from weir.operator.policy import NetworkPolicy, Rule
 from weir.operator.selectors import Selector
+from weir.operator.services import Service
 
 __all__ = ["Change", "text"]
 
@@ -37,7 +38,21 @@ def service(key: Key, new: Service | None) -> Change:
         namespace=key.namespace,
         name=key.name,
         cluster_ips=new.cluster_ips,
-        ports=[pb.ServicePort(name=p.name, protocol=p.protocol, port=p.port) for p in new.ports],
+        ports=[
+            pb.ServicePort(name=p.name, protocol=p.protocol, port=p.port, node_port=p.node_port)
+            for p in new.ports
+        ],
+        external_ips=new.external_ips,
+        load_balancer_ips=new.load_balancer_ips,
+        internal_local=new.internal_local,
+        external_local=new.external_local,
+        affinity_seconds=new.affinity_seconds,
+        source_ranges=[_cidr(cidr) for cidr in new.source_ranges],
+        health_check_node_port=new.health_check_node_port,
+        refused=[
+            pb.Frontend(address=f.address, protocol=f.protocol, port=f.port)
+            for f in sorted(new.refused)
+        ],
     )
     return Change(name, pb.Resource(name=name, service=message))
 
@@ -58,6 +73,8 @@ def endpoint_slice(key: Key, new: EndpointSlice | None) -> Change:
                 terminating=e.terminating,
                 node=e.node,
                 zone=e.zone,
+                for_zones=e.for_zones,
+                for_nodes=e.for_nodes,
             )
             for e in new.endpoints
         ],
@@ -77,6 +94,7 @@ def node(key: Key, new: Node | None) -> Change:
         name=key.name,
         addresses=new.addresses,
         pod_cidrs=[_cidr(cidr) for cidr in new.pod_cidrs],
+        zone=new.zone,
     )
     return Change(name, pb.Resource(name=name, node=message))
 
@@ -166,4 +184,11 @@ def pod(uid: str, where: str, new: Pod | None, number: int | None) -> Change:
     message.name = new.key.name
     message.uid = uid
     setattr(message, "class", number)
+    for port in new.host_ports:
+        message.host_ports.add(
+            protocol=port.protocol,
+            host_port=port.host_port,
+            container_port=port.container_port,
+            host_ip=port.host_ip or b"",
+        )
     return Change(name, resource, where)

@@ -34,6 +34,14 @@ HELP = {
     "weir_operator_compilations_total": ("counter", "Compilations."),
     "weir_operator_problems_total": ("counter", "Problems found in objects."),
     "weir_operator_pod_cidr_conflicts": ("gauge", "Nodes whose pod CIDR is another node's."),
+    "weir_operator_service_conflicts": (
+        "gauge",
+        "Services that claim an address or port that something else has.",
+    ),
+    "weir_operator_host_port_conflicts": (
+        "gauge",
+        "Pods that claim a port of their node that something else has.",
+    ),
     "weir_operator_leader": ("gauge", "1 on the replica that writes to the API server."),
 }
 

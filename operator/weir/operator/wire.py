@@ -71,6 +71,15 @@ class ServicePort(Struct):
     name: str | None = None
     protocol: str | None = None
     port: int | None = None
+    node_port: int | None = None
+
+
+class ClientIp(Struct):
+    timeout_seconds: int | None = None
+
+
+class SessionAffinity(Struct):
+    client_ip: ClientIp | None = msgspec.field(default=None, name="clientIP")
 
 
 class ServiceSpec(Struct):
@@ -78,10 +87,31 @@ class ServiceSpec(Struct):
     ports: list[ServicePort] | None = None
     cluster_ip: str | None = msgspec.field(default=None, name="clusterIP")
     cluster_ips: list[str] | None = msgspec.field(default=None, name="clusterIPs")
+    external_ips: list[str] | None = msgspec.field(default=None, name="externalIPs")
+    session_affinity: str | None = None
+    session_affinity_config: SessionAffinity | None = None
+    internal_traffic_policy: str | None = None
+    external_traffic_policy: str | None = None
+    load_balancer_source_ranges: list[str] | None = None
+    health_check_node_port: int | None = None
+
+
+class Ingress(Struct):
+    ip: str | None = None
+    ip_mode: str | None = None
+
+
+class LoadBalancer(Struct):
+    ingress: list[Ingress] | None = None
+
+
+class ServiceStatus(Struct):
+    load_balancer: LoadBalancer | None = None
 
 
 class Service(Named):
     spec: ServiceSpec = msgspec.field(default_factory=ServiceSpec)
+    status: ServiceStatus | None = None
 
 
 class SlicePort(Struct):
@@ -96,11 +126,21 @@ class Conditions(Struct):
     terminating: bool | None = None
 
 
+class Hint(Struct):
+    name: str = ""
+
+
+class Hints(Struct):
+    for_zones: list[Hint] | None = None
+    for_nodes: list[Hint] | None = None
+
+
 class SliceEndpoint(Struct):
     addresses: list[str] | None = None
     conditions: Conditions | None = None
     node_name: str | None = None
     zone: str | None = None
+    hints: Hints | None = None
 
 
 class EndpointSlice(Named):
@@ -139,6 +179,8 @@ class ContainerPort(Struct):
     name: str | None = None
     protocol: str | None = None
     container_port: int = 0
+    host_port: int | None = None
+    host_ip: str | None = msgspec.field(default=None, name="hostIP")
 
 
 class Container(Struct):

@@ -22,7 +22,7 @@ def node(name: str, created: int, *cidrs: str) -> Node:
 def test_the_oldest_keeps_it_and_others_are_named(order: tuple[int, ...]) -> None:
     told: dict[str, tuple[Problem, ...]] = {}
     model = Model(
-        Revisions("one"), 0.0, lambda: None, lambda n, problems: told.update({n.key.name: problems})
+        Revisions("one"), 0.0, lambda: None, lambda n, problems: told.update({n.name: problems})
     )
     nodes = [
         node("a", 1, "10.0.0.0/24", "fd00::/64"),
@@ -30,15 +30,17 @@ def test_the_oldest_keeps_it_and_others_are_named(order: tuple[int, ...]) -> Non
         node("c", 3, "10.0.1.0/24"),
     ]
     for i in order:
-        model._node(nodes[i].key, nodes[i])
+        model.claims.node(nodes[i].key, nodes[i])
+    model.claims.settle()
     assert [c.text() for c in model.compiler._nodes["a"].pod_cidrs] == ["10.0.0.0/24", "fd00::/64"]
     assert [c.text() for c in model.compiler._nodes["b"].pod_cidrs] == ["fd01::/64"]
     assert model.compiler._nodes["c"].pod_cidrs == ()
-    assert set(model.conflicts) == {"b", "c"}
+    assert {key.name for _, key in model.claims.told} == {"b", "c"}
     (problem,) = told["b"]
     assert "10.0.0.0/16 of node b overlaps a pod CIDR of node a" in problem.message
 
-    model._node(nodes[1].key, None)
+    model.claims.node(nodes[1].key, None)
+    model.claims.settle()
     assert [c.text() for c in model.compiler._nodes["c"].pod_cidrs] == ["10.0.1.0/24"]
-    assert not model.conflicts
+    assert not model.claims.told
     assert told["c"] == ()

@@ -147,9 +147,9 @@ def read(kind: str, body: dict[str, Any]) -> tuple[Any, list[str]]:
         pytest.param({"addresses": ["10.0.0.1"]}, (True, True, False), [], id="unknown is ready"),
         pytest.param(
             {"addresses": ["10.0.0.1"], "conditions": {"ready": False}},
-            (False, False, False),
+            (False, True, False),
             [],
-            id="serving follows ready",
+            id="serving unless it says not",
         ),
         pytest.param(
             {
