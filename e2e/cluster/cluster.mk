@@ -27,7 +27,7 @@ deploy: setup ## build a changed Weir and roll it out on the cluster that is up
 	@$(CLUSTER) deploy
 
 .PHONY: conformance
-conformance: ## Kubernetes' own suite on the cluster that is up or KUBECONFIG: FOCUS= SKIP= PROCS=4
+conformance: ## Kubernetes' own suite on the cluster that is up or KUBECONFIG: LIST=conformance|others|dual-stack|load-balancer or FOCUS= SKIP=; PROCS=4
 	@PYTHONPATH=$(CURDIR) $(firstword $(wildcard $(PYTHON)) python3) -m e2e.conformance
 
 .PHONY: kind-e2e

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the suite and report: a line per spec as it ends, `N of M passed`, and results.json."""
+"""Run the suite and report: a line per spec as it ends, `N of M passed`, and results.json.
+
+LIST names a selection below; FOCUS and SKIP choose freely. A selection's results are kept as a
+text, build/conformance/LIST-CLUSTER.txt, to be read beside another cluster's.
+"""
 
 import json
 import os
@@ -12,13 +16,18 @@ from typing import TextIO
 
 from e2e.cluster import binaries, host, namespaces
 from e2e.cluster.errors import ClusterError
-from e2e.cluster.paths import KUBECONFIG, PKI, REPOSITORY
-from e2e.cluster.settings import CONTROL_PLANE
-from e2e.conformance.report import PASSED, Spec, read_output, read_report
+from e2e.cluster.paths import KUBECONFIG, PKI, REPOSITORY, SETTINGS
+from e2e.cluster.settings import CONTROL_PLANE, Cni, load_settings
+from e2e.conformance.report import PASSED, Spec, read_output, read_report, write_list
 
 OUTPUT = REPOSITORY / "build" / "conformance"
-_FOCUS = r"\[sig-network\].*\[Conformance\]"
-_SKIP = r"\[Disruptive\]|\[Slow\]|\[Feature|\[FeatureGate"
+_UNQUIET = r"\[Disruptive\]|\[Slow\]|\[Serial\]"
+_SELECTIONS = {  # name -> focus, skip
+    "conformance": (r"\[sig-network\].*\[Conformance\]", r"\[Disruptive\]|\[Feature"),
+    "others": (r"\[sig-network\]", rf"{_UNQUIET}|\[Feature|\[Conformance\]"),
+    "dual-stack": (r"\[sig-network\].*\[Feature:IPv6DualStack\]", r"\[Disruptive\]|\[Serial\]"),
+    "load-balancer": (r"\[sig-network\] LoadBalancers", r"\[Disruptive\]|\[Serial\]"),
+}
 _PROCESSES = "4"
 _TIMEOUT = "2h"
 
@@ -56,7 +65,9 @@ def _run() -> list[Spec]:
     nodes = _count_nodes(folder / "kubectl", kubeconfig)
     # The suite talks to node addresses too. For the local cluster that works in the control
     # plane's network, where the API server has its underlay address.
-    command = _command(folder, PKI / "admin.conf" if local else kubeconfig, nodes)
+    selection, focus, skip = _selection()
+    config = PKI / "admin.conf" if local else kubeconfig
+    command = _command(folder, config, nodes, focus, skip)
     if local:
         command = namespaces.entered(CONTROL_PLANE, command, only_network=True)
     specs_seen = 0
@@ -85,7 +96,32 @@ def _run() -> list[Spec]:
     specs = read_report(report)
     results = [asdict(spec) for spec in specs]
     (OUTPUT / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    if selection:
+        stack, about = _cluster() if local else ("cluster", str(kubeconfig))
+        write_list(specs, OUTPUT / f"{selection}-{stack}.txt", f"{selection}: {about}")
     return specs
+
+
+def _selection() -> tuple[str, str, str]:
+    """Its name, empty for one of FOCUS and SKIP, with what it takes and what it leaves out."""
+    name = os.environ.get("LIST") or ""
+    given = os.environ.get("FOCUS"), os.environ.get("SKIP")
+    if name not in {"", *_SELECTIONS}:
+        raise ClusterError(f"LIST={name} is not one of {', '.join(_SELECTIONS)}")
+    if name and any(given):
+        raise ClusterError("LIST and FOCUS or SKIP exclude each other")
+    if not name and not any(given):
+        name = "conformance"
+    focus, skip = _SELECTIONS[name or "conformance"]
+    return name, given[0] or focus, given[1] or skip
+
+
+def _cluster() -> tuple[str, str]:
+    """A name of the local cluster's stack for a file, and its settings for people."""
+    settings = load_settings(SETTINGS)
+    cni = f"{settings.cni}-{settings.routing}" if settings.cni is Cni.WEIR else str(settings.cni)
+    proxy = "" if settings.kube_proxy == "none" else f"-kube-proxy-{settings.kube_proxy}"
+    return cni + proxy, settings.describe()
 
 
 def _kept(lines: Iterable[str], log: TextIO) -> Iterator[str]:
@@ -94,15 +130,15 @@ def _kept(lines: Iterable[str], log: TextIO) -> Iterator[str]:
         yield line
 
 
-def _command(folder: Path, kubeconfig: Path, nodes: int) -> list[str]:
+def _command(folder: Path, kubeconfig: Path, nodes: int, focus: str, skip: str) -> list[str]:
     return [
         str(folder / "ginkgo"),
         f"--procs={os.environ.get('PROCS') or _PROCESSES}",
         "--no-color",
         "-v",
         f"--timeout={_TIMEOUT}",
-        f"--focus={os.environ.get('FOCUS') or _FOCUS}",
-        f"--skip={os.environ.get('SKIP') or _SKIP}",
+        f"--focus={focus}",
+        f"--skip={skip}",
         "--json-report=report.json",
         f"--output-dir={OUTPUT}",
         str(folder / "e2e.test"),

@@ -78,3 +78,10 @@ def read_report(path: Path) -> list[Spec]:
             seconds = entry["RunTime"] / _NANOSECONDS
             specs.append(Spec(" ".join(texts), state, round(seconds, 3), failure))
     return specs
+
+
+def write_list(specs: list[Spec], path: Path, title: str) -> None:
+    """All specs by name with their results, so that two clusters' lists can be compared."""
+    passed = sum(spec.state == PASSED for spec in specs)
+    lines = [f"{spec.state:8} {spec.name}" for spec in sorted(specs, key=lambda spec: spec.name)]
+    path.write_text("\n".join([title, f"{passed} of {len(specs)} passed", "", *lines]) + "\n")

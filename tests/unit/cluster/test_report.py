@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.conformance.report import Spec, read_output, read_report
+from e2e.conformance.report import Spec, read_output, read_report, write_list
 
 DELIMITER = "-" * 30
 SERIAL = f"""\
@@ -66,3 +66,10 @@ def test_report_lists_what_ran_and_broken_set_up(tmp_path: Path) -> None:
         Spec("[sig-network] DNS times out", "timedout", 1.5, "too slow"),
         Spec("SynchronizedAfterSuite", "failed", 0.0, "not clean"),
     ]
+
+
+def test_a_list_is_by_name_and_says_how_many_passed(tmp_path: Path) -> None:
+    specs = [Spec("b", "passed", 1.0), Spec("a", "failed", 2.0, "no answer")]
+    write_list(specs, tmp_path / "list.txt", "others: CNI=weir")
+    lines = (tmp_path / "list.txt").read_text().splitlines()
+    assert lines == ["others: CNI=weir", "1 of 2 passed", "", "failed   a", "passed   b"]
