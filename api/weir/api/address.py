@@ -7,7 +7,6 @@ families then share every table and every algorithm. Text exists only at the edg
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from dataclasses import dataclass
 from typing import NewType
@@ -79,13 +78,17 @@ def parse_cidr(source: str) -> Cidr:
 
     ValueError if it is none. A bare address is a prefix of full length.
     """
+    head, slash, tail = source.partition("/")
+    before = 0 if ":" in head else V4_BITS
+    bits = int(tail) + before if tail.isascii() and tail.isdecimal() else -1
+    if not slash:
+        bits = 128
     try:
-        network = ipaddress.ip_network(source, strict=False)
+        if not before <= bits <= 128:
+            raise ValueError(tail)
+        return cidr(parse(head), bits)
     except ValueError as error:
         raise ValueError(f"{source!r} is not a CIDR") from error
-    if network.version == 4:
-        return Cidr(Addr(V4_PREFIX + network.network_address.packed), V4_BITS + network.prefixlen)
-    return Cidr(Addr(network.network_address.packed), network.prefixlen)
 
 
 def _masked(addr: Addr, bits: int) -> Addr:

@@ -20,6 +20,7 @@ import grpc.aio
 from weir.operator import kinds, kubeconfig
 from weir.operator.api import Api
 from weir.operator.auth import Authenticator
+from weir.operator.conditions import Conditions
 from weir.operator.config import Config
 from weir.operator.distribution import OPTIONS, Distribution
 from weir.operator.handlers import KopfThread, node_handlers, problem_handlers
@@ -77,7 +78,8 @@ class App:
         revisions = Revisions(uuid.uuid4().hex)
         certificates = Certificates(api, self.config.namespace)
         gap = self.config.batch_milliseconds / 1000
-        model = Model(revisions, gap, self._synced, self._report)
+        conditions = Conditions(self._leading)
+        model = Model(revisions, gap, self._synced, self._report, conditions=conditions)
         distribution = Distribution(
             revisions, Authenticator(api, self.config.namespace), model, self._agent_ready
         )
@@ -93,6 +95,7 @@ class App:
                 kinds.SERVICE,
                 kinds.SLICE,
                 kinds.POLICY,
+                kinds.BLOCK_LIST,
             )
         ]
         status = StatusServer(self._not_ready, self._samples)
@@ -107,6 +110,7 @@ class App:
                 tasks.append(group.create_task(self._serve(certificates), name="grpc"))
                 tasks.append(group.create_task(writer.run(), name="writer"))
                 tasks.append(group.create_task(leader.run(), name="leader"))
+                tasks.append(group.create_task(conditions.run(api), name="conditions"))
                 tasks.append(group.create_task(self._handle_nodes(api), name="nodes"))
                 tasks.append(group.create_task(self._handle_problems(api), name="problems"))
                 await self.stop.wait()
@@ -231,4 +235,6 @@ class App:
         yield Sample("weir_operator_pod_cidr_conflicts", conflicts["Node"])
         yield Sample("weir_operator_service_conflicts", conflicts["Service"])
         yield Sample("weir_operator_host_port_conflicts", conflicts["Pod"])
+        bad = self._model.blocklists.with_problems
+        yield Sample("weir_operator_block_list_conflicts", bad)
         yield Sample("weir_operator_leader", bool(self._leader and self._leader.leading))

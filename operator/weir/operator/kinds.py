@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import msgspec
 
-from weir.operator import objects, policy, services, wire
+from weir.operator import blocklists, objects, policy, services, wire
 from weir.operator.objects import Parsed
 from weir.operator.reflector import Kind, Reader
 
@@ -36,4 +36,10 @@ POLICY = Kind(
     "/apis/networking.k8s.io/v1/networkpolicies",
     reader(wire.NetworkPolicy, policy.parse_policy),
     policy.unreadable_policy,
+)
+BLOCK_LIST = Kind(
+    blocklists.KIND,
+    blocklists.PATH,
+    reader(blocklists.WireBlockList, blocklists.parse_blocklist),
+    optional=True,
 )

@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weir.api.address import Addr
+from weir.operator.blocklists import BlockLists
 from weir.operator.claims import Claims, Tell
 from weir.operator.compiler import Compiler
+from weir.operator.conditions import Conditions
 from weir.operator.objects import Key, Problem
 from weir.operator.revisions import Revisions
 from weir.operator.writes import Reference
@@ -27,7 +29,7 @@ from weir.operator.writes import Reference
 logger = logging.getLogger(__name__)
 
 # In the order of the first compilation.
-ORDER = ("Namespace", "NetworkPolicy", "Node", "Pod", "Service", "EndpointSlice")
+ORDER = ("Namespace", "NetworkPolicy", "Node", "Pod", "Service", "EndpointSlice", "BlockList")
 PROBLEMS_LOGGED = 5  # of one object at a time
 YIELD_EVERY = 500  # objects of the first compilation between turns for others
 
@@ -42,6 +44,8 @@ class Model:
     on_conflict: Tell = lambda _reference, _problems: None
     compiler: Compiler = field(default_factory=Compiler)
     claims: Claims = field(init=False)
+    blocklists: BlockLists = field(init=False)
+    conditions: Conditions = field(default_factory=lambda: Conditions(asyncio.Event()))
     compile_seconds: float = 0.0
     compilations: int = 0
     problem_count: int = 0
@@ -52,6 +56,7 @@ class Model:
 
     def __post_init__(self) -> None:
         self.claims = Claims(self.compiler, self._conflict)
+        self.blocklists = BlockLists(self._conflict, self.conditions)
 
     # Consumer
 
@@ -131,12 +136,16 @@ class Model:
                 self.compiler.policy(key, new)
             case "Node":
                 self.claims.node(key, new)
+                self.blocklists.node(key, new)
             case "Pod":
                 self.claims.pod(key, new)
             case "Service":
                 self.claims.service(key, new)
             case "EndpointSlice":
                 self.compiler.slice(key, new)
+                self.blocklists.slice(key, new)
+            case "BlockList":
+                self.blocklists.change(key, new)
         self.compile_seconds += time.perf_counter() - started
 
     def _conflict(self, about: Reference, problems: tuple[Problem, ...]) -> None:
@@ -147,7 +156,7 @@ class Model:
         self._changed.clear()
         started = time.perf_counter()
         self.claims.settle()
-        changes = self.compiler.flush()
+        changes = self.compiler.flush() + self.blocklists.settle()
         news = self.revisions.publish(changes, always)
         self.compile_seconds += time.perf_counter() - started
         self.compilations += 1

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Reader = Callable[[msgspec.Raw], Parsed[T]]
 
+NOT_FOUND = 404
 GONE = 410
 
 
@@ -48,12 +49,13 @@ class Timing:
 @dataclass(frozen=True, slots=True)
 class Kind(Generic[T]):
     """A kind of object: where to list it, how to read one, and what stands in for one that
-    cannot be read (None: nothing does)."""
+    cannot be read (None: nothing does). optional: a cluster need not have the kind."""
 
     name: str
     path: str
     read: Reader[T]
     unreadable: Callable[[Key], T | None] = lambda _key: None
+    optional: bool = False
 
 
 class Consumer(Protocol):
@@ -85,6 +87,7 @@ class Reflector(Generic[T]):
     _version: str = ""
     _bad: dict[Key, tuple[Problem, ...]] = field(default_factory=dict)
     _barren: int = 0
+    _absent: bool = False
 
     async def run(self) -> None:
         delay = self.timing.retry
@@ -102,6 +105,9 @@ class Reflector(Generic[T]):
                 logger.info("%s: listing again: %s", self.kind.name, lost)
                 self._version = ""
             except ApiError as error:
+                if error.status == NOT_FOUND and self.kind.optional:
+                    await self._wait_for_kind(error)
+                    continue
                 self.failures += 1
                 logger.warning("%s: %s; again in about %.1f s", self.kind.name, error, delay)
                 if error.status == GONE:
@@ -113,6 +119,16 @@ class Reflector(Generic[T]):
                 self._version = ""
             await asyncio.sleep(delay * (0.5 + self.jitter()))
             delay = min(delay * 2, self.timing.retry_most)
+
+    async def _wait_for_kind(self, error: ApiError) -> None:
+        """There are no objects of a kind that there is not; it may come."""
+        if not self._absent:
+            logger.info("%s: none: %s", self.kind.name, error)
+        self._absent = True
+        self._version = ""
+        self._forget(keep=set())
+        self.consumer.synced(self.kind.name)
+        await asyncio.sleep(self.timing.retry_most * (0.5 + self.jitter()))
 
     async def _list(self) -> None:
         self.lists += 1
@@ -129,13 +145,17 @@ class Reflector(Generic[T]):
                 break
             query["continue"] = page.metadata.continue_
             await asyncio.sleep(0)  # others' turn: a page takes a while to digest
-        for key in [key for key in self.objects if key not in found]:
-            self._report(key, None)
-        self._bad = {key: problems for key, problems in self._bad.items() if key in found}
+        self._forget(keep=found)
+        self._absent = False
         self._version = page.metadata.resource_version
         if not self._version:
             raise ApiError(f"GET {self.kind.path}", 200, "the list has no resourceVersion")
         self.consumer.synced(self.kind.name)
+
+    def _forget(self, keep: set[Key]) -> None:
+        for key in [key for key in self.objects if key not in keep]:
+            self._report(key, None)
+        self._bad = {key: problems for key, problems in self._bad.items() if key in keep}
 
     async def _page(self, query: Mapping[str, str]) -> wire.Page:
         body = await self.api.get(self.kind.path, query)

@@ -42,6 +42,10 @@ HELP = {
         "gauge",
         "Pods that claim a port of their node that something else has.",
     ),
+    "weir_operator_block_list_conflicts": (
+        "gauge",
+        "BlockLists with prefixes that cannot be read or would cut the cluster itself.",
+    ),
     "weir_operator_leader": ("gauge", "1 on the replica that writes to the API server."),
 }
 

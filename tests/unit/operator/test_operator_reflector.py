@@ -310,3 +310,21 @@ async def test_a_server_that_fails_is_left_for_one_that_was_learned() -> None:
         await w.until(lambda: w.reflector.failures)
         assert w.reflector.api.server == other
         await w.names("a", "b")
+
+
+async def test_a_kind_that_the_cluster_has_not_is_an_empty_one() -> None:
+    """404 for an optional kind is no failure; its objects are seen once it is there, and gone
+    with it."""
+    optional = Kind("Namespace", PATH, kinds.NAMESPACE.read, optional=True)
+    api = filled("a")
+    api.faults.lists.extend([404, 404])
+    async with world(api, optional) as w:
+        await w.until(lambda: w.seen.lists == 1)
+        assert w.reflector.failures == 0
+        await w.names("a")
+        await w.watching()
+        w.api.faults.watches.append(404)
+        w.api.faults.lists.append(404)
+        w.api.drop_watches()
+        await w.until(lambda: not w.seen.objects)
+        await w.names("a")
