@@ -32,9 +32,13 @@ FAULT = DatapathError("update", "policy", 12)
 VIP = parse("10.96.0.1")
 
 
-class Generations:
+class Runtime:
     def __init__(self) -> None:
         self.value = 0
+        self.features: list[int] = []
+
+    def set_features(self, features: int) -> None:
+        self.features.append(features)
 
     def bump(self) -> int:
         self.value += 1
@@ -51,12 +55,12 @@ class Bench:
             for names in GROUPS.values()
             for name in names
         }
-        self.generations = Generations()
+        self.runtime = Runtime()
         self.now = 0.0
         self.reconciler = Reconciler(
             self.projection,
             self.tables,
-            self.generations,
+            self.runtime,
             Pace(resync=1000.0),
             lambda: self.now,
         )
@@ -175,12 +179,12 @@ async def test_what_somebody_else_changed_is_put_right_at_the_resync() -> None:
 async def test_restrictions_raise_the_generation_after_they_took_effect() -> None:
     bench = Bench()
     await ready(bench, World(ISOLATED.pods))
-    before = bench.generations.value
+    before = bench.runtime.value
     bench.projection.apply(difference(World(ISOLATED.pods).resources(), ISOLATED.resources()))
     await bench.round()
-    assert bench.generations.value == before + 1
+    assert bench.runtime.value == before + 1
     await bench.round()
-    assert bench.generations.value == before + 1
+    assert bench.runtime.value == before + 1
 
 
 async def test_pods_that_do_not_fit_are_refused_and_the_others_live() -> None:

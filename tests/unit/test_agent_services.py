@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from weir.agent.backends import BackendRows, pack
+from weir.agent.backends import backend_rows, pack
 from weir.agent.resources import Service, ServicePort, Slice
 from weir.agent.resources import parse as parse_resource
 from weir.agent.services import ServiceTables
@@ -78,7 +78,7 @@ def test_endpoints_of_each_family(slices: list[pb.Slice], v4: list[str], v6: lis
 
 
 def test_packed_rows_are_a_mapping_of_records() -> None:
-    rows = BackendRows()
+    rows = backend_rows()
     first, second = (Backend(parse(a), 8080) for a in ("10.0.0.1", "fd00::1"))
     rows.put(7, pack([first, second]))
     assert dict(rows.rows) == {BackendKey(7, 0): first, BackendKey(7, 1): second}
@@ -96,7 +96,7 @@ def test_packed_rows_are_a_mapping_of_records() -> None:
 
 
 def test_an_id_that_came_and_went_between_two_plans_is_no_change() -> None:
-    rows = BackendRows()
+    rows = backend_rows()
     rows.put(7, pack([Backend(parse("10.0.0.1"), 80)]))
     rows.drop(7)
     assert rows.take() == {}

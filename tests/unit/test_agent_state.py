@@ -17,14 +17,17 @@ from weir.agent.tables import Projection
 from weir.api.v1 import weir_pb2 as pb
 
 
-class NoGeneration:
+class NoRuntime:
+    def set_features(self, features: int) -> None:
+        pass
+
     def bump(self) -> int:
         return 1
 
 
 def desired_state(path: Path) -> DesiredState:
     projection = Projection()
-    return DesiredState(Store(path), projection, Reconciler(projection, {}, NoGeneration()))
+    return DesiredState(Store(path), projection, Reconciler(projection, {}, NoRuntime()))
 
 
 def selectors(count: int) -> list[bytes]:

@@ -66,10 +66,20 @@ ANSWERS: dict[str, list[Any]] = {
         [
             {
                 "service": "ns/web",
+                "type": "LoadBalancer",
+                "kind": "LoadBalancer",
+                "port_name": "http",
                 "address": "fd00::a",
                 "port": 80,
                 "protocol": "TCP",
+                "scope": "inside",
+                "policy": "Cluster",
+                "affinity_seconds": 60,
+                "source_ranges": ["2001:db8::/32"],
                 "backends": [],
+                "draining": ["[fd00::1]:80"],
+                "maglev": False,
+                "taken_by": "",
             }
         ]
     ],
@@ -125,7 +135,11 @@ def agent(tmp_path: Path) -> Iterator[str]:
     [
         pytest.param("status", ["node1", "ready", "10.244.1.0/24", "vxlan/1450"], id="status"),
         pytest.param("endpoints", ["ns/a", "10.244.1.2", "ns/p"], id="endpoints"),
-        pytest.param("services", ["ns/web", "[fd00::a]:80/TCP", "none: refused"], id="services"),
+        pytest.param(
+            "services",
+            ["ns/web", "[fd00::a]:80/TCP", "affinity 60 s", "2001:db8::/32", "refused draining: ["],
+            id="services",
+        ),
         pytest.param("policies", ["ns/p", "ingress", "pods ns=ns"], id="policies"),
     ],
 )

@@ -29,12 +29,13 @@ from weir.agent.servers import Servers
 from weir.agent.state import DesiredState
 from weir.agent.store import Store
 from weir.agent.stream import OperatorStream, StreamState
-from weir.agent.tables import Projection
+from weir.agent.tables import Projection, ServiceSettings
 from weir.api.address import text
 from weir.cni import install
 from weir.cni.endpoint import EndpointStore
 from weir.cni.errors import CniError
 from weir.cni.ipam import Pool
+from weir.cni.netns import netns_cookie
 from weir.cni.server import CniServer
 from weir.cni.service import CniService
 from weir.cni.wiring import Wiring
@@ -66,7 +67,7 @@ class App:
         self._gate = Gate()
         self._settings = settings_of(config, facts, features)
         self._version = _version()
-        self.projection = Projection()
+        self.projection = Projection(ServiceSettings(config.node_ports, config.maglev_table_size))
         self.reconciler = Reconciler(
             self.projection, tables_of(datapath), self, Pace(resync=config.resync_seconds)
         )
@@ -102,6 +103,9 @@ class App:
 
     def bump(self) -> int:
         return self._datapath.bump()
+
+    def set_features(self, features: int) -> None:
+        self._datapath.set_features(features)
 
     @property
     def stream_state(self) -> StreamState:
@@ -191,7 +195,11 @@ class App:
     def _adopt(self) -> None:
         """Learn from the kernel which numbers are taken, and which services are as they were."""
         tables = self._datapath.tables
-        self.projection.services.adopt(dict(tables.services.items()), dict(tables.backends.items()))
+        identities = {key.identity for key, _ in tables.affinity.items()}
+        identities |= {key.identity for key, _ in tables.source_ranges.items()}
+        self.projection.services.adopt(
+            dict(tables.services.items()), dict(tables.backends.items()), identities
+        )
         classes = {row.class_ for _, row in tables.addresses.items()}
         classes |= {row.class_ for _, row in tables.prefixes.items()}
         wired = [row for _, row in tables.endpoints.items()]
@@ -382,6 +390,8 @@ def settings_of(config: Config, facts: NodeFacts, features: Features) -> Setting
         overlay_mtu=facts.mtu if config.tunnel else 0,
         tunnel=config.tunnel,
         masquerade=config.masquerade,
+        host_netns_cookie=netns_cookie(),
+        maglev_table_size=config.maglev_table_size,
         has_set_retval=features.set_retval,
     )
 

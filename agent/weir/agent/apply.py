@@ -40,7 +40,7 @@ def apply_group(ops: Iterable[AnyOp], tables: Mapping[str, AnyTable]) -> Outcome
     for op in ops:
         table = tables[op.table]
         upserts: Mapping[Hashable, Any] = op.upserts
-        if op.table == "services" and outcome.rejected.get("backends"):
+        if op.table == "services":
             upserts = _shortened(upserts, outcome)
         if op.table == "prefixes":
             # What did not fit earlier, and what was taken away for that, stays out.
@@ -121,18 +121,29 @@ def _withhold_wider(table: AnyTable, left: set[Hashable]) -> set[Hashable]:
     return gone
 
 
-def _shortened(services: Mapping[Hashable, Any], outcome: Outcome) -> dict[Hashable, Any]:
-    """Services whose slots did not all fit get those before the first missing one."""
+def _shortened(services: Mapping[Hashable, Any], outcome: Outcome) -> Mapping[Hashable, Any]:
+    """Services whose slots did not all fit get those before the first missing one. Those, and
+    whose table did not fit, choose at random."""
     first: dict[int, int] = {}
-    for key in outcome.rejected["backends"]:
+    for key in outcome.rejected.get("backends", ()):
         if isinstance(key, records.BackendKey):
             first[key.service] = min(key.slot, first.get(key.service, key.slot))
-    short = {}
+    without = {
+        key.service
+        for key in outcome.rejected.get("maglev", ())
+        if isinstance(key, records.MaglevKey)
+    }
+    if not first and not without:
+        return services
+    short = dict(services)
     for key, row in services.items():
         count = min(row.count, first.get(row.id, row.count))
-        if count != row.count:
+        flags = row.flags
+        if count != row.count or row.id in without:
+            flags &= ~records.ServiceFlag.MAGLEV
+        if (count, flags) != (row.count, row.flags):
             outcome.rejected.setdefault("services", set()).add(key)
-        short[key] = replace(row, count=count)
+            short[key] = replace(row, count=count, flags=int(flags))
     return short
 
 

@@ -17,15 +17,21 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from weir.agent import maglev
 from weir.agent.errors import ConfigError
+from weir.agent.frontends import ALL_ADDRESSES, NodePortRule
 from weir.api.address import Addr, Cidr, parse, parse_cidr
 from weir.datapath.settings import Sizes
 
 T = TypeVar("T")
 
 ROUTINGS = ("vxlan", "native")
+ALGORITHMS = ("random", "maglev")
+PRIMARY = "primary"
 LEVELS = ("debug", "info", "warning", "error")
 MTU_RANGE = range(1280, 65536)
+MAGLEV_TABLE_SIZE = 4093
+MAGLEV_RANGE = range(251, 131072)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,9 @@ class Config:
     """mtu: bytes, 0 follows the uplink. uplinks: empty finds them. resync_seconds: between full
     comparisons with the kernel. operators: host:port of operators, for tests and clusters whose
     API is not to be asked; empty asks the API server. unmanaged: wire containers that are no
-    pods (cnitool), outside every policy."""
+    pods (cnitool), outside every policy. maglev_table_size: 0 chooses backends at random.
+    metrics_address: besides the loopback, on which health is always answered. proxy_health_port:
+    where /healthz is answered as kube-proxy does, 0: nowhere."""
 
     node: str
     namespace: str
@@ -63,7 +71,11 @@ class Config:
     kubelet_kubeconfig: Path = Path("/etc/kubernetes/kubelet.conf")
     cni_conf_name: str = "05-weir.conflist"
     sizes: Sizes = field(default_factory=Sizes)
+    node_ports: NodePortRule = ALL_ADDRESSES
+    maglev_table_size: int = 0
+    metrics_address: str = "127.0.0.1"
     metrics_port: int = 9880
+    proxy_health_port: int = 0
     resync_seconds: float = 300.0
     log_level: int = logging.INFO
     operators: tuple[str, ...] = ()
@@ -88,6 +100,7 @@ def parse_config(
 ) -> Config:
     reader = _Reader(values)
     maps = _Reader(reader.take("maps", dict, {}), "maps.")
+    balancer = _Reader(reader.take("loadBalancer", dict, {}), "loadBalancer.")
     paths = _Reader(reader.take("paths", dict, {}), "paths.")
     level = reader.choice("logLevel", LEVELS, "info")
     host_ip = environment.get("HOST_IP", "")
@@ -114,9 +127,20 @@ def parse_config(
             ct=maps.entries("conntrack"),
             snat=maps.entries("snat"),
             sock_nat=maps.entries("sockNat"),
+            maglev=maps.entries("maglev"),
+            affinity=maps.entries("affinity"),
+            source_ranges=maps.entries("sourceRanges"),
+            # A namespace each, and a pod has at most two addresses.
+            netns_addresses=maps.entries("endpoints"),
         ),
+        node_ports=_node_ports(reader),
+        maglev_table_size=_maglev_table_size(balancer),
+        metrics_address=reader.address("metricsAddress", "127.0.0.1"),
         metrics_port=reader.number(
             "metricsPort", 9880, lambda n: 0 <= n < 65536, "a port, or 0 for none"
+        ),
+        proxy_health_port=reader.number(
+            "proxyHealthPort", 0, lambda n: 0 <= n < 65536, "a port, or 0 for none"
         ),
         resync_seconds=reader.number("resyncSeconds", 300, lambda n: n > 0, "at least 1"),
         log_level=getattr(logging, level.upper(), logging.INFO),
@@ -130,7 +154,7 @@ def parse_config(
             }
         ),
     )
-    problems = [*reader.finish(), *maps.finish(), *paths.finish()]
+    problems = [*reader.finish(), *maps.finish(), *balancer.finish(), *paths.finish()]
     problems += [
         f"environment variable {name} is not set"
         for name, value in (("NODE_NAME", config.node), ("POD_NAMESPACE", config.namespace))
@@ -139,6 +163,27 @@ def parse_config(
     if problems:
         raise ConfigError(source, problems)
     return config
+
+
+def _node_ports(reader: _Reader) -> NodePortRule:
+    def one(value: str) -> Cidr | None:
+        return None if value == PRIMARY else parse_cidr(value)
+
+    given = reader.strings("nodePortAddresses", lambda value: (one(value),))
+    cidrs = tuple(cidr for (cidr,) in given if cidr is not None)
+    if cidrs and len(cidrs) != len(given):
+        reader.problem("nodePortAddresses", f"{PRIMARY} stands alone, without CIDRs")
+    return NodePortRule(cidrs, primary=bool(given) and not cidrs)
+
+
+def _maglev_table_size(reader: _Reader) -> int:
+    size = reader.number(
+        "maglevTableSize",
+        MAGLEV_TABLE_SIZE,
+        lambda n: n in MAGLEV_RANGE and maglev.is_prime(n),
+        f"a prime between {MAGLEV_RANGE.start} and {MAGLEV_RANGE.stop - 1}",
+    )
+    return size if reader.choice("algorithm", ALGORITHMS, "random") == "maglev" else 0
 
 
 class _Reader:
@@ -152,20 +197,20 @@ class _Reader:
     def take(self, key: str, wanted: type[T], default: T) -> T:
         value = self._left.pop(key, default)
         if type(value) is not wanted:  # bool is no number
-            self._problem(key, f"{value!r} is not a {wanted.__name__}")
+            self.problem(key, f"{value!r} is not a {wanted.__name__}")
             return default
         return value
 
     def choice(self, key: str, choices: tuple[str, ...], default: str) -> str:
         value = self.take(key, str, default)
         if value not in choices:
-            self._problem(key, f"{value!r} is none of {', '.join(choices)}")
+            self.problem(key, f"{value!r} is none of {', '.join(choices)}")
         return value
 
     def number(self, key: str, default: int, fits: Callable[[int], bool], wanted: str) -> int:
         value = self.take(key, int, default)
         if not fits(value):
-            self._problem(key, f"{value} is not {wanted}")
+            self.problem(key, f"{value} is not {wanted}")
         return value
 
     def entries(self, key: str) -> int | None:
@@ -177,7 +222,7 @@ class _Reader:
         values: list[object] = self.take(key, list, [])
         for value in values:
             if not isinstance(value, str) or not value:
-                self._problem(key, f"{value!r} is not a text")
+                self.problem(key, f"{value!r} is not a text")
                 continue
             parsed = self.convert(key, value, parse_one)
             if parsed is not None:
@@ -188,19 +233,24 @@ class _Reader:
         try:
             return parse_one(value)
         except ValueError as error:
-            self._problem(key, str(error))
+            self.problem(key, str(error))
             return None
+
+    def address(self, key: str, default: str) -> str:
+        value = self.take(key, str, default)
+        self.convert(key, value, parse)
+        return value
 
     def url(self, key: str) -> str:
         value = self.take(key, str, "")
         if value and not _is_server(value):
-            self._problem(key, f"{value!r} is not https://host:port")
+            self.problem(key, f"{value!r} is not https://host:port")
         return value.rstrip("/")
 
     def finish(self) -> list[str]:
         return self._problems + [f"{self._prefix}{key}: is not known" for key in self._left]
 
-    def _problem(self, key: str, text: str) -> None:
+    def problem(self, key: str, text: str) -> None:
         self._problems.append(f"{self._prefix}{key}: {text}")
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From changed rows to map writes, in an order in which no packet sees a mixture.
 
-Services: new slots → service rows → old slots. Policy, where an address moves from class a to b
-and a subject from rule set R to S:
+Services: new slots, Maglev tables and source ranges → service rows → old ones. Policy, where an
+address moves from class a to b and a subject from rule set R to S:
 
 1. rows that are to be, beside those that are;
 2. addresses that gain selectors (a ⊆ b) move; those that gain and lose move to a ∪ b;
@@ -62,6 +62,7 @@ class Plan:
     services: list[AnyOp]
     policy: list[AnyOp]
     routes: list[AnyOp]
+    namespaces: list[AnyOp]
     judge_again: bool
     borrowed: tuple[int, ...] = ()  # class numbers used during the plan only
 
@@ -97,12 +98,25 @@ def plan(
         services=_some(
             [
                 _op("backends", _upserts(delta.backends)),
+                _op("maglev", _upserts(delta.maglev)),
+                _op("source_ranges", _upserts(delta.source_ranges)),
                 _op("services", _upserts(delta.services), _deletes(delta.services)),
                 _op("backends", {}, _deletes(delta.backends)),
+                _op("maglev", {}, _deletes(delta.maglev)),
+                _op("source_ranges", {}, _deletes(delta.source_ranges)),
             ]
         ),
         policy=_some(ops),
         routes=_some([_op("routes", _upserts(delta.routes), _deletes(delta.routes))]),
+        namespaces=_some(
+            [
+                _op(
+                    "netns_addresses",
+                    _upserts(delta.netns_addresses),
+                    _deletes(delta.netns_addresses),
+                )
+            ]
+        ),
         judge_again=_judge_again(delta),
         borrowed=tuple(moves.borrowed),
     )

@@ -27,17 +27,22 @@ from weir.datapath.errors import DatapathError
 logger = logging.getLogger(__name__)
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "services": ("services", "backends"),
+    "services": ("services", "backends", "maglev", "source_ranges"),
     "policy": ("policy", "prefixes", "addresses", "endpoints"),
     "routes": ("routes",),
+    "namespaces": ("netns_addresses",),
 }
 FULL_RETRY_SECONDS = 5.0
 
 
-class Generation(Protocol):
-    """Raises the policy generation: established flows are judged again."""
+class Runtime(Protocol):
+    """What the programs read besides the tables."""
 
-    def bump(self) -> int: ...
+    def bump(self) -> int:
+        """Raises the policy generation: established flows are judged again."""
+
+    def set_features(self, features: int) -> None:
+        """RuntimeFeature bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,7 @@ class Reconciler:
         self,
         projection: Projection,
         tables: Mapping[str, AnyTable],
-        generation: Generation,
+        runtime: Runtime,
         pace: Pace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -86,7 +91,7 @@ class Reconciler:
         self.tables = dict(tables)
         self.health = {group: Health() for group in GROUPS}
         self.statistics = Statistics()
-        self._generation = generation
+        self._runtime = runtime
         self._pace = pace or Pace()
         self._clock = clock
         self._wake = asyncio.Event()
@@ -96,6 +101,8 @@ class Reconciler:
         self._finished = asyncio.Condition()
         self._resync_at = 0.0
         self._bump_owed = False
+        self._features: int | None = None
+        self._features_owed = False
         self.first_done = asyncio.Event()
         # Held during a round; who holds it may exchange the tables.
         self.paused = asyncio.Lock()
@@ -180,7 +187,11 @@ class Reconciler:
                 health.compare = True
                 for table in GROUPS[group]:
                     getattr(delta, table).clear()
+        # Whatever a new row needs looked at is before the row is there, and goes after it.
+        features = self.projection.features
+        await self._write_features(features | (self._features or 0))
         await self._apply([g for g in due if await self._look(g, delta)], delta, retired)
+        await self._write_features(features)
         self.statistics.rounds += 1
         self.statistics.last_seconds = self._clock() - began
         self.statistics.total_seconds += self.statistics.last_seconds
@@ -238,12 +249,23 @@ class Reconciler:
 
     async def _bump(self) -> None:
         try:
-            await asyncio.to_thread(self._generation.bump)
+            await asyncio.to_thread(self._runtime.bump)
             self._bump_owed = False
         except DatapathError as error:
             self._bump_owed = True
             logger.warning("raising the policy generation: %s", error)
             self.health["policy"].retry_at = self._clock() + self._pace.retry
+
+    async def _write_features(self, features: int) -> None:
+        if features == self._features:
+            return
+        try:
+            await asyncio.to_thread(self._runtime.set_features, features)
+            self._features = features
+            self._features_owed = False
+        except DatapathError as error:
+            self._features_owed = True
+            logger.warning("writing the features: %s", error)
 
     def _account(self, group: str, outcome: Outcome, delta: Delta) -> None:
         health = self.health[group]
@@ -301,7 +323,7 @@ class Reconciler:
         due = [self._resync_at]
         due += [h.retry_at for h in self.health.values() if h.error]
         due += [h.full_retry_at for h in self.health.values() if h.rejected]
-        if self._bump_owed:
+        if self._bump_owed or self._features_owed:
             due.append(self._clock() + self._pace.retry)
         return min(due)
 

@@ -15,7 +15,7 @@ from typing import NewType
 from google.protobuf.message import DecodeError
 
 from weir.agent.errors import BadResource
-from weir.api.address import Addr, Cidr
+from weir.api.address import Addr, Cidr, is_ipv4
 from weir.api.v1 import weir_pb2
 
 WireSelector = NewType("WireSelector", int)
@@ -32,23 +32,71 @@ class ServicePort:
 
 
 @dataclass(frozen=True, slots=True)
+class FrontendPort:
+    """An address and port that some Service may not have."""
+
+    address: Addr
+    protocol: int
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class External:
+    """What a Service has besides its cluster IPs. node_ports: one a port of the Service, 0: none.
+    source_ranges: of load_balancer_ips; a family with none is open to everybody."""
+
+    node_ports: tuple[int, ...] = ()
+    external_ips: tuple[Addr, ...] = ()
+    load_balancer_ips: tuple[Addr, ...] = ()
+    local: bool = False
+    source_ranges: tuple[Cidr, ...] = ()
+    health_check_node_port: int = 0
+    refused: frozenset[FrontendPort] = frozenset()
+
+
+NOT_EXTERNAL = External()
+
+
+@dataclass(frozen=True, slots=True)
 class Service:
+    """internal_local: internalTrafficPolicy Local. affinity_seconds: of ClientIP, 0: none."""
+
     namespace: str
     name: str
     cluster_ips: tuple[Addr, ...]
     ports: tuple[ServicePort, ...]
+    internal_local: bool = False
+    affinity_seconds: int = 0
+    external: External = NOT_EXTERNAL
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """Whose traffic an endpoint should get: nodes by name, nodes of zones."""
+
+    nodes: tuple[str, ...] = ()
+    zones: tuple[str, ...] = ()
+
+
+NO_HINTS = Hints()
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
     """ready, draining (serving though terminating): 16 bytes an address, back to back, as there
-    are hundreds of thousands of them. Other endpoints are of no use to anybody."""
+    are hundreds of thousands of them; of one family, as Kubernetes has it. Other endpoints are of
+    no use to anybody.
+
+    nodes: of the ready ones, then of those that drain. hints: of the ready ones, () if none has
+    any."""
 
     namespace: str
     service: str
     ports: tuple[ServicePort, ...]
     ready: bytes
     draining: bytes
+    nodes: tuple[str, ...] = ()
+    hints: tuple[Hints, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +104,7 @@ class Node:
     name: str
     addresses: tuple[Addr, ...]
     pod_cidrs: tuple[Cidr, ...]
+    zone: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +169,22 @@ class Prefix:
 
 
 @dataclass(frozen=True, slots=True)
+class HostPort:
+    """host_ip: None for all of the node's, an unspecified one for all of its family."""
+
+    protocol: int
+    host_port: int
+    container_port: int
+    host_ip: Addr | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Pod:
     namespace: str
     name: str
     uid: str
     wire_class: WireClass
+    host_ports: tuple[HostPort, ...] = ()
 
 
 Resource = Service | Slice | Node | Selector | Class | Policy | Address | Prefix | Pod
@@ -189,7 +249,8 @@ def _parse(kind: str, message: weir_pb2.Resource) -> Resource:
             return _slice(message.slice)
         case "node":
             node = message.node
-            return Node(node.name, _addrs(node.addresses), tuple(map(_cidr, node.pod_cidrs)))
+            addresses, pod_cidrs = _addrs(node.addresses), tuple(map(_cidr, node.pod_cidrs))
+            return Node(node.name, addresses, pod_cidrs, node.zone)
         case "selector":
             return Selector(WireSelector(message.selector.number), message.selector.key)
         case "class":
@@ -205,7 +266,13 @@ def _parse(kind: str, message: weir_pb2.Resource) -> Resource:
             return Prefix(_cidr(prefix.cidr), WireClass(getattr(prefix, "class")))
         case _:
             pod = message.pod
-            return Pod(pod.namespace, pod.name, pod.uid, WireClass(getattr(pod, "class")))
+            return Pod(
+                pod.namespace,
+                pod.name,
+                pod.uid,
+                WireClass(getattr(pod, "class")),
+                tuple(map(_host_port, pod.host_ports)),
+            )
 
 
 def _addr(raw: bytes) -> Addr:
@@ -234,28 +301,75 @@ def _shared(ports: tuple[ServicePort, ...]) -> tuple[ServicePort, ...]:
     return ports
 
 
+@lru_cache(maxsize=4096)
+def _hints(nodes: tuple[str, ...], zones: tuple[str, ...]) -> Hints:
+    return Hints(nodes, zones)
+
+
 def _service(message: weir_pb2.Service) -> Service:
     ports = tuple(ServicePort(p.name, p.protocol, _port(p.port, p.protocol)) for p in message.ports)
     return Service(
-        sys.intern(message.namespace), message.name, _addrs(message.cluster_ips), _shared(ports)
+        sys.intern(message.namespace),
+        message.name,
+        _addrs(message.cluster_ips),
+        _shared(ports),
+        message.internal_local,
+        message.affinity_seconds,
+        _external(message),
     )
+
+
+def _external(message: weir_pb2.Service) -> External:
+    node_ports = tuple(_optional_port(port.node_port) for port in message.ports)
+    found = External(
+        node_ports if any(node_ports) else (),
+        _addrs(message.external_ips),
+        _addrs(message.load_balancer_ips),
+        message.external_local,
+        tuple(map(_cidr, message.source_ranges)),
+        _optional_port(message.health_check_node_port),
+        frozenset(FrontendPort(_addr(f.address), f.protocol, f.port) for f in message.refused),
+    )
+    return found if found != NOT_EXTERNAL else NOT_EXTERNAL
+
+
+def _optional_port(port: int) -> int:
+    if port > MAX_PORT:
+        raise ValueError(f"node port {port}")
+    return port
 
 
 def _slice(message: weir_pb2.Slice) -> Slice:
     ports = tuple(ServicePort(p.name, p.protocol, _port(p.port, p.protocol)) for p in message.ports)
-    ready, draining = [], []
+    ready, ready_nodes, hints = [], [], []
+    draining, draining_nodes = [], []
     for endpoint in message.endpoints:
-        addr = _addr(endpoint.address)
         if endpoint.ready:
-            ready.append(addr)
+            ready.append(_addr(endpoint.address))
+            ready_nodes.append(sys.intern(endpoint.node))
+            hints.append(_hints(tuple(endpoint.for_nodes), tuple(endpoint.for_zones)))
         elif endpoint.serving and endpoint.terminating:
-            draining.append(addr)
+            draining.append(_addr(endpoint.address))
+            draining_nodes.append(sys.intern(endpoint.node))
+    if len({is_ipv4(addr) for addr in (*ready, *draining)}) > 1:
+        raise ValueError("has addresses of both families")
     return Slice(
         sys.intern(message.namespace),
         message.service,
         _shared(ports),
         b"".join(ready),
         b"".join(draining),
+        (*ready_nodes, *draining_nodes),
+        tuple(hints) if any(item != NO_HINTS for item in hints) else (),
+    )
+
+
+def _host_port(message: weir_pb2.HostPort) -> HostPort:
+    return HostPort(
+        message.protocol,
+        _port(message.host_port, message.protocol),
+        _port(message.container_port, message.protocol),
+        _addr(message.host_ip) if message.host_ip else None,
     )
 
 

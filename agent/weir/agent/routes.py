@@ -64,6 +64,10 @@ class RouteTables:
             self._dirty = True
 
     @property
+    def facts(self) -> RouteFacts:
+        return self._facts
+
+    @property
     def own_node(self) -> Node | None:
         return self._nodes.get(self._facts.node)
 

@@ -1,65 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Service rows: services × their slices → (cluster IP, port, protocol) → backends.
+"""Rows of Services and host ports: frontends → sets of backends.
 
-A service row's backends never change in place: each change is a new service id with slots of
-its own, so that the reconciler can publish it by one update. Survivors keep their slot, so that
-a change moves few clients. Without a ready endpoint, serving terminating ones are used (as
-kube-proxy does); without those the row says count 0, which refuses.
+What each asks for is pure (weir.agent.wanted); here is who gets an address and port that several
+ask for, and the numbers: ids of sets (weir.agent.sets), and identities. A port's identity is the
+same on all of its frontends and stays across restarts, as rows in the kernel (affinity, source
+ranges) go by it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
-from weir.agent.backends import ADDRESS_BYTES, SLOT_BYTES, BackendRows, pack, split, unpack
+from weir.agent import wanted as requests
+from weir.agent.backends import split, unpack
+from weir.agent.claims import Claims
+from weir.agent.frontends import EXTERNAL, INTERNAL, Rank, Row, ServiceFacts, SetName
 from weir.agent.resources import Service, ServicePort, Slice
 from weir.agent.rows import Rows
-from weir.api.address import Addr, is_ipv4
+from weir.agent.sets import Adoption, Counter, SetTables
+from weir.agent.topology import ADDRESS_BYTES, local_ready, serving
+from weir.agent.wanted import Exposed, PortName, Wanted, port_of
 from weir.datapath import records
+from weir.datapath.records import ServiceFlag
 
-INTERNAL = records.ServiceScope.INTERNAL
-ID_LIMIT = 1 << 32
-# Ids used and freed just before a restart may linger in conntrack: stay clear of them.
-ID_GAP = 1 << 16
+IDENTITY_BITS = 32
+ALLOWED = 1
 
 ServiceName = tuple[str, str]
-T = TypeVar("T", bound=Hashable)
+
+HOST_PORTS = "host ports of "
+"""Begins the name of a pod with host ports, which no Service has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Projected:
+    """What one got: claimed keys of SCOPE_INTERNAL, ids of its sets, identities of its ports."""
+
+    keys: tuple[records.ServiceKey, ...] = ()
+    sets: tuple[tuple[SetName, int], ...] = ()
+    identities: tuple[tuple[PortName, int], ...] = ()
+    ranges: frozenset[records.SourceRangeKey] = frozenset()
+
+
+NOTHING = Projected()
 
 
 class ServiceTables:
-    """Owns the rows of `services` and `backends`."""
+    """Owns the rows of `services`, `backends`, `maglev` and `source_ranges`."""
 
     def __init__(self) -> None:
         self.services: Rows[records.ServiceKey, records.Service] = Rows("services")
-        self.backends = BackendRows()
+        self.source_ranges: Rows[records.SourceRangeKey, int] = Rows("source_ranges")
+        self.claims: Claims[records.ServiceKey, ServiceName] = Claims()
+        self.health_checks: dict[ServiceName, int] = {}
+        self.facts = ServiceFacts()
+        self._adoption = Adoption()
+        self._sets = SetTables(self._adoption)
+        self.backends = self._sets.backends
+        self.maglev = self._sets.maglev
+        self._identities = Counter()
         self._services: dict[ServiceName, Service] = {}
+        self._exposed: dict[ServiceName, Exposed] = {}
         self._slices: dict[str, Slice] = {}
         self._slices_of: dict[ServiceName, dict[str, None]] = {}
-        self._keys: dict[ServiceName, tuple[records.ServiceKey, ...]] = {}
-        self._owner: dict[records.ServiceKey, ServiceName] = {}
-        self._waiting: dict[records.ServiceKey, list[ServiceName]] = {}
-        self._adoptable: dict[records.ServiceKey, tuple[int, bytes]] = {}
-        self._next_id = 1
-        self._dirty: set[ServiceName] = set()
+        self._projected: dict[ServiceName, Projected] = {}
+        self._host_backed: set[ServiceName] = set()
+        # In order: of those that come together, the first gets what several claim.
+        self._dirty: dict[ServiceName, None] = {}
 
     # ---- inputs
 
     def set_service(self, service: Service) -> None:
         name = (service.namespace, service.name)
         self._services[name] = service
-        self._dirty.add(name)
+        self._dirty[name] = None
 
     def remove_service(self, name: ServiceName) -> None:
         if self._services.pop(name, None) is not None:
-            self._dirty.add(name)
+            self._dirty[name] = None
 
     def set_slice(self, resource: str, item: Slice) -> None:
         self.remove_slice(resource)
         name = (item.namespace, item.service)
         self._slices[resource] = item
         self._slices_of.setdefault(name, {})[resource] = None
-        self._dirty.add(name)
+        self._dirty[name] = None
 
     def remove_slice(self, resource: str) -> None:
         old = self._slices.pop(resource, None)
@@ -69,156 +95,206 @@ class ServiceTables:
         del self._slices_of[name][resource]
         if not self._slices_of[name]:
             del self._slices_of[name]
-        self._dirty.add(name)
+        self._dirty[name] = None
+
+    def set_exposed(self, exposed: Mapping[ServiceName, Exposed]) -> None:
+        """All pods of this node with host ports, by (namespace, HOST_PORTS + name)."""
+        for name in (*self._exposed, *exposed):
+            if self._exposed.get(name) != exposed.get(name):
+                self._dirty[name] = None
+        self._exposed = dict(exposed)
+
+    def set_facts(self, facts: ServiceFacts) -> None:
+        if facts != self.facts:
+            self.facts = facts
+            self._sets.maglev_table_size = facts.maglev_table_size
+            self._dirty |= dict.fromkeys((*self._services, *self._exposed))
 
     def adopt(
         self,
         services: Mapping[records.ServiceKey, records.Service],
         backends: Mapping[records.BackendKey, records.Backend],
+        identities: Iterable[int] = (),
     ) -> None:
-        """What the kernel holds after a restart: unchanged services keep their ids and slots."""
-        for key, row in services.items():
-            slots = [backends.get(records.BackendKey(row.id, slot)) for slot in range(row.count)]
-            known = tuple(slot for slot in slots if slot is not None)
-            if len(known) == row.count:
-                self._adoptable[key] = (row.id, pack(known))
-        highest = max((row.id for row in services.values()), default=0)
-        highest = max(highest, max((key.service for key in backends), default=0))
-        if highest:
-            self._next_id = (highest + ID_GAP) % ID_LIMIT or 1
+        """What the kernel holds after a restart. `identities`: others that rows go by."""
+        self._adoption.learn(services, backends)
+        ids = {row.id for row in services.values()}
+        self._sets.ids.skip(ids | {key.service for key in backends})
+        self._identities.skip({row.identity for row in services.values()} | set(identities))
 
     def forget_adoptable(self) -> None:
-        self._adoptable.clear()
+        self._adoption.forget()
+
+    # ---- questions
+
+    @property
+    def features(self) -> int:
+        return int(records.RuntimeFeature.HOST_BACKENDS) if self._host_backed else 0
+
+    @property
+    def all_services(self) -> Mapping[ServiceName, Service]:
+        return self._services
+
+    @property
+    def exposed(self) -> Mapping[ServiceName, Exposed]:
+        return self._exposed
+
+    def slices_of(self, name: ServiceName) -> list[Slice]:
+        return [self._slices[resource] for resource in self._slices_of.get(name, ())]
+
+    def rows_of(self, name: ServiceName) -> list[Row]:
+        """Its frontends, also those that another has."""
+        return self._wanted(name).rows
+
+    def owner(self, key: records.ServiceKey) -> ServiceName | None:
+        return self.claims.owner(_with_scope(key, INTERNAL))
+
+    def owner_of_id(self, number: int) -> str:
+        for name, projected in self._projected.items():
+            if any(number == known for _, known in projected.sets):
+                return describe(name)
+        return f"service id {number}"
+
+    def owner_of_identity(self, identity: int) -> str:
+        for name, projected in self._projected.items():
+            if any(identity == known for _, known in projected.identities):
+                return describe(name)
+        return f"service identity {identity}"
+
+    def backends_of(self, key: records.ServiceKey) -> tuple[records.Backend, ...]:
+        row = self.services.get(key)
+        return tuple(unpack(self.backends.packed(row.id))) if row is not None else ()
+
+    def serving(self, key: records.ServiceKey) -> set[bytes] | None:
+        """Packed backends that may have flows through a frontend: those that it leads to, and those
+        that drain. None: it is no frontend."""
+        name, published = self.owner(key), self.services.get(key)
+        if name is None or published is None:
+            return None
+        found = set(split(self.backends.packed(published.id)))
+        row = next((row for row in self._wanted(name).rows if row.key == key), None)
+        if row is not None and name in self._services:
+            port = ServicePort(row.backends.port, row.backends.protocol, 0)
+            found |= serving(self.slices_of(name), port)
+        return found
+
+    def local_endpoints(self, name: ServiceName, *, ipv4: bool) -> int:
+        """What a health check answers: ready endpoints on this node."""
+        return local_ready(self.slices_of(name), self.facts.place.node, ipv4=ipv4)
 
     # ---- projection
 
     def project(self) -> None:
-        dirty, self._dirty = self._dirty, set()
-        for name in dirty:
+        while self._dirty:
+            name = next(iter(self._dirty))
+            del self._dirty[name]
             self._project(name)
 
-    def owner(self, key: records.ServiceKey) -> ServiceName | None:
-        return self._owner.get(key)
-
-    def owner_of_backend(self, key: records.BackendKey) -> str:
-        for service_key, row in self.services.rows.items():
-            if row.id == key.service:
-                return "/".join(self._owner.get(service_key, ("?", "?")))
-        return f"service id {key.service}"
-
-    def listing(self) -> Iterator[tuple[ServiceName, ServicePort, records.ServiceKey]]:
-        """For the API: every row with its service and port."""
-        for name, service in self._services.items():
-            for port in service.ports:
-                for address in service.cluster_ips:
-                    key = records.ServiceKey(address, port.port, port.protocol, INTERNAL)
-                    if self._owner.get(key) == name:
-                        yield name, port, key
-
-    def backends_of(self, key: records.ServiceKey) -> tuple[records.Backend, ...]:
-        row = self.services.get(key)
-        return tuple(unpack(self.backends.slots(row.id))) if row is not None else ()
+    def _wanted(self, name: ServiceName) -> Wanted:
+        service = self._services.get(name)
+        if service is not None:
+            return requests.of_service(service, self.slices_of(name), self.facts)
+        exposed = self._exposed.get(name)
+        return requests.of_pod(exposed, self.facts) if exposed is not None else Wanted()
 
     def _project(self, name: ServiceName) -> None:
-        service = self._services.get(name)
-        wanted: dict[records.ServiceKey, list[bytes]] = {}
-        if service is not None:
-            slices = [self._slices[resource] for resource in self._slices_of.get(name, ())]
-            for port in service.ports:
-                for address in service.cluster_ips:
-                    key = records.ServiceKey(address, port.port, port.protocol, INTERNAL)
-                    wanted[key] = self._endpoints(port, slices, address)
-        for key in self._keys.get(name, ()):
-            if key not in wanted:
+        old = self._projected.get(name, NOTHING)
+        wanted = self._wanted(name)
+        self._note(name, wanted)
+        identities = self._identify(dict(old.identities), wanted)
+        sets = self._sets.publish(dict(old.sets), wanted)
+        ranges = self._publish_ranges(old.ranges, wanted, identities)
+        keys = tuple(row.key for row in wanted.rows if row.key.scope == INTERNAL)
+        for key in old.keys:
+            if key not in keys:
                 self._disclaim(key, name)
-        for key, members in wanted.items():
-            self._claim(key, name, members)
-        if wanted:
-            self._keys[name] = tuple(wanted)
+        for row in wanted.rows:
+            if row.key.scope == INTERNAL and self.claims.claim(row.key, name, row.rank):
+                self.services.drop(_with_scope(row.key, EXTERNAL))
+        outer = {row.key for row in wanted.rows if row.key.scope == EXTERNAL}
+        for row in wanted.rows:
+            if self.owner(row.key) != name:
+                continue
+            number, identity = sets[row.backends], identities[port_of(row.backends)]
+            flags = row.flags
+            if flags & ServiceFlag.MAGLEV and number not in self.maglev:
+                flags &= ~ServiceFlag.MAGLEV
+            count = self._sets.count(number)
+            self.services.put(
+                row.key,
+                records.Service(number, count, flags, wanted.affinity_seconds, identity),
+            )
+            if row.key.scope == INTERNAL and row.rank is not Rank.CLUSTER_IP:
+                other = _with_scope(row.key, EXTERNAL)
+                if other not in outer:
+                    self.services.drop(other)
+        if keys:
+            keys = old.keys if old.keys == keys else keys
+            self._projected[name] = Projected(
+                keys, tuple(sets.items()), tuple(identities.items()), ranges
+            )
         else:
-            self._keys.pop(name, None)
+            self._projected.pop(name, None)
 
-    def _endpoints(
-        self, port: ServicePort, slices: Iterable[Slice], cluster_ip: Addr
-    ) -> list[bytes]:
-        """Those of the cluster IP's family: what the other family has ready is no use to it."""
-        ready: dict[bytes, None] = {}
-        draining: dict[bytes, None] = {}
-        ipv4 = is_ipv4(cluster_ip)
-        for item in slices:
-            for slice_port in item.ports:
-                if slice_port.name != port.name or slice_port.protocol != port.protocol:
-                    continue
-                suffix = slice_port.port.to_bytes(2)
-                for found, addresses in ((ready, item.ready), (draining, item.draining)):
-                    for at in range(0, len(addresses), ADDRESS_BYTES):
-                        addr = Addr(addresses[at : at + ADDRESS_BYTES])
-                        if is_ipv4(addr) == ipv4:
-                            found[addr + suffix] = None
-        return list(ready or draining)
-
-    def _claim(self, key: records.ServiceKey, name: ServiceName, wanted: list[bytes]) -> None:
-        """The first service to claim an address and port has it; others wait for it to go."""
-        if self._owner.setdefault(key, name) == name:
-            self._publish(key, wanted)
-            return
-        waiting = self._waiting.setdefault(key, [])
-        if name not in waiting:
-            waiting.append(name)
+    def _note(self, name: ServiceName, wanted: Wanted) -> None:
+        service = self._services.get(name)
+        port = service.external.health_check_node_port if service else 0
+        if port:
+            self.health_checks[name] = port
+        else:
+            self.health_checks.pop(name, None)
+        own = self.facts.own
+        if any(slot[:ADDRESS_BYTES] in own for members in wanted.sets.values() for slot in members):
+            self._host_backed.add(name)
+        else:
+            self._host_backed.discard(name)
 
     def _disclaim(self, key: records.ServiceKey, name: ServiceName) -> None:
-        waiting = self._waiting.get(key, [])
-        if name in waiting:
-            waiting.remove(name)
-        elif waiting:
-            self._owner[key] = waiting.pop(0)
-            self._project(self._owner[key])
-        else:
-            del self._owner[key]
-            self._retract(key)
-        if not waiting:
-            self._waiting.pop(key, None)
-
-    def _publish(self, key: records.ServiceKey, wanted: list[bytes]) -> None:
-        current = self.services.get(key)
-        if current is not None:
-            number, slots = current.id, self.backends.slots(current.id)
-        else:
-            number, slots = self._adoptable.pop(key, (0, b""))
-        packed = b"".join(stable_order(split(slots), wanted))
-        if current is not None:
-            if packed == slots:
-                return
-            self.backends.drop(number)
-        if not number or packed != slots:
-            number = self._fresh_id()
-        self.backends.put(number, packed)
-        self.services.put(key, records.Service(number, len(packed) // SLOT_BYTES, 0, 0))
-
-    def _retract(self, key: records.ServiceKey) -> None:
-        row = self.services.get(key)
-        if row is not None:
+        had = self.claims.owner(key) == name
+        following = self.claims.release(key, name)
+        if had:
             self.services.drop(key)
-            self.backends.drop(row.id)
+            self.services.drop(_with_scope(key, EXTERNAL))
+        if following is not None:
+            self._dirty[following] = None
 
-    def _fresh_id(self) -> int:
-        number = self._next_id
-        self._next_id = (number + 1) % ID_LIMIT or 1
-        return number
+    def _identify(self, known: Mapping[PortName, int], wanted: Wanted) -> dict[PortName, int]:
+        return {
+            port: known.get(port)
+            or self._adoption.identity(wanted, port)
+            or self._identities.take()
+            for port in wanted.ports
+        }
+
+    def _publish_ranges(
+        self,
+        old: frozenset[records.SourceRangeKey],
+        wanted: Wanted,
+        identities: Mapping[PortName, int],
+    ) -> frozenset[records.SourceRangeKey]:
+        if not old and not wanted.source_ranges:
+            return old
+        ranges = frozenset(
+            records.SourceRangeKey(IDENTITY_BITS + cidr.bits, identities[port], cidr.address)
+            for port in wanted.ranged
+            for cidr in wanted.source_ranges
+        )
+        for key in old - ranges:
+            self.source_ranges.drop(key)
+        for key in ranges:
+            self.source_ranges.put(key, ALLOWED)
+        return ranges
 
 
-def stable_order(slots: Sequence[T], wanted: Sequence[T]) -> Sequence[T]:
-    """`wanted` in an order that moves as few of `slots` as possible: newcomers take the slots of
-    those that left, and the last ones move into slots that stay empty."""
-    if not slots:
-        return wanted
-    members = set(wanted)
-    if members == set(slots) and len(slots) == len(members):
-        return slots
-    kept = set(slots) & members
-    newcomers = iter([backend for backend in wanted if backend not in kept])
-    result = [backend if backend in kept else next(newcomers, None) for backend in slots]
-    result += newcomers
-    length = len(members)
-    tail = [backend for backend in result[length:] if backend is not None]
-    return [backend if backend is not None else tail.pop() for backend in result[:length]]
+def describe(name: ServiceName) -> str:
+    """As its user knows it."""
+    namespace, rest = name
+    if rest.startswith(HOST_PORTS):
+        return f"{HOST_PORTS}pod {namespace}/{rest.removeprefix(HOST_PORTS)}"
+    return f"service {namespace}/{rest}"
+
+
+def _with_scope(key: records.ServiceKey, scope: int) -> records.ServiceKey:
+    if key.scope == scope:
+        return key
+    return records.ServiceKey(key.address, key.port, key.protocol, scope)

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import random
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -41,6 +41,9 @@ OPTIONS = [
 FIRST_DELAY = 0.2
 LONGEST_DELAY = 15.0
 HEALTHY_SECONDS = 30.0
+
+
+_Call = grpc.aio.StreamStreamCall[pb.AgentMessage, pb.Update]
 
 
 class Sink(Protocol):
@@ -194,18 +197,29 @@ class OperatorStream:
             self.state.connects += 1
             if self._revision:
                 self._acknowledge()
-            call = DistributionStub(channel).Sync(
-                _drain(outgoing), metadata=(("authorization", f"Bearer {token}"),)
+            call: _Call = DistributionStub(channel).Sync(
+                None,  # it is written to
+                metadata=(("authorization", f"Bearer {token}"),),
             )
-            assembler = Assembler()
-            async for update in call:
-                if not self.state.connected:
-                    self.state.connected = True
-                    self.state.error = ""
-                    logger.info("operator stream: connected to %s", target)
-                self.state.received += 1
-                if assembler.add(update):
-                    await self._deliver(assembler, update)
+            # A task of ours and not an iterator of gRPC's: that one would be left behind, waiting
+            # for the queue, when the stream ends.
+            saying = asyncio.create_task(_say_all(call, outgoing), name="to the operator")
+            try:
+                await self._listen(call, target)
+            finally:
+                saying.cancel()
+                await asyncio.wait([saying])
+
+    async def _listen(self, call: _Call, target: str) -> None:
+        assembler = Assembler()
+        async for update in call:
+            if not self.state.connected:
+                self.state.connected = True
+                self.state.error = ""
+                logger.info("operator stream: connected to %s", target)
+            self.state.received += 1
+            if assembler.add(update):
+                await self._deliver(assembler, update)
 
     async def _deliver(self, assembler: Assembler, update: pb.Update) -> None:
         resources, removed, snapshot = assembler.take()
@@ -219,9 +233,13 @@ class OperatorStream:
             await self._sink.change(resources, removed, position)
 
 
-async def _drain(queue: asyncio.Queue[pb.AgentMessage]) -> AsyncIterator[pb.AgentMessage]:
-    while True:
-        yield await queue.get()
+async def _say_all(call: _Call, queue: asyncio.Queue[pb.AgentMessage]) -> None:
+    """Until the stream ends; why it ended is for who listens to tell."""
+    try:
+        while True:
+            await call.write(await queue.get())
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+        logger.debug("operator stream: %s", error)
 
 
 def _announced(endpoint: LocalEndpoint) -> pb.AnnouncedEndpoint:

@@ -13,7 +13,9 @@ from typing import Any
 
 from weir.agent import resources
 from weir.agent.classes import ClassContent, Numbers
+from weir.agent.frontends import ALL_ADDRESSES, NodePortRule, ServiceFacts, node_port_addresses
 from weir.agent.identity import CLASS_FIRST, Identity
+from weir.agent.netns import NetnsTable
 from weir.agent.placement import Placement
 from weir.agent.policy import (
     FIRST_RULE_SET,
@@ -28,10 +30,21 @@ from weir.agent.policy import (
 from weir.agent.resources import Resource, WireClass, WireSelector
 from weir.agent.routes import HostRoute, RouteFacts, RouteTables
 from weir.agent.rows import Change, RowsLike
-from weir.agent.services import ServiceTables
+from weir.agent.services import HOST_PORTS, ServiceName, ServiceTables, describe
+from weir.agent.topology import Place
+from weir.agent.wanted import Exposed
 from weir.api.address import Addr, Cidr, text
 from weir.cni.endpoint import LocalEndpoint
 from weir.datapath import records
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSettings:
+    """Of the configuration, for all Services. maglev_table_size: 0 chooses at random."""
+
+    node_ports: NodePortRule = ALL_ADDRESSES
+    maglev_table_size: int = 0
+    dsr: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +53,9 @@ class Delta:
 
     services: dict[records.ServiceKey, Change[records.Service]] = field(default_factory=dict)
     backends: dict[records.BackendKey, Change[records.Backend]] = field(default_factory=dict)
+    maglev: dict[records.MaglevKey, Change[records.MaglevBlock]] = field(default_factory=dict)
+    source_ranges: dict[records.SourceRangeKey, Change[int]] = field(default_factory=dict)
+    netns_addresses: dict[int, Change[records.NetnsAddresses]] = field(default_factory=dict)
     addresses: dict[Addr, Change[records.Address]] = field(default_factory=dict)
     prefixes: dict[records.PrefixKey, Change[records.Prefix]] = field(default_factory=dict)
     endpoints: dict[Addr, Change[records.Endpoint]] = field(default_factory=dict)
@@ -51,7 +67,8 @@ class Delta:
 
 
 class Projection:
-    def __init__(self) -> None:
+    def __init__(self, settings: ServiceSettings | None = None) -> None:
+        self._settings = settings or ServiceSettings()
         self.rule_numbers: Numbers[RuleName] = Numbers(1)
         self.rule_set_numbers: Numbers[RuleSetKey] = Numbers(FIRST_RULE_SET)
         self.class_numbers: Numbers[ClassContent] = Numbers(CLASS_FIRST)
@@ -59,12 +76,16 @@ class Projection:
         self.identity = Identity(self.class_numbers, self.policy)
         self.placement = Placement(self.identity, self.policy)
         self.services = ServiceTables()
+        self.netns = NetnsTable()
         self.routes = RouteTables()
         self._tables: dict[str, RowsLike[Any, Any]] = {
             rows.name: rows
             for rows in (
                 self.services.services,
                 self.services.backends,
+                self.services.maglev,
+                self.services.source_ranges,
+                self.netns.rows,
                 self.placement.addresses,
                 self.placement.prefixes,
                 self.placement.endpoints,
@@ -75,6 +96,9 @@ class Projection:
         self._policies: dict[PolicyName, resources.Policy] = {}
         self._dirty_policies: set[PolicyName] = set()
         self._rules: dict[PolicyName, list[int]] = {}
+        self._host_ports: dict[str, resources.Pod] = {}
+        self._dirty_host_ports = False
+        self._other_features = 0
 
     # ---- inputs
 
@@ -85,12 +109,21 @@ class Projection:
 
     def set_endpoint(self, endpoint: LocalEndpoint) -> None:
         self.placement.set_endpoint(endpoint)
+        self.netns.set_endpoint(endpoint)
+        self._dirty_host_ports = True
 
     def remove_endpoint(self, container_id: str) -> None:
         self.placement.remove_endpoint(container_id)
+        self.netns.remove_endpoint(container_id)
+        self._dirty_host_ports = True
 
     def set_facts(self, facts: RouteFacts) -> None:
         self.routes.set_facts(facts)
+
+    def set_feature(self, feature: records.RuntimeFeature, *, on: bool) -> None:
+        """What the programs are to look at for others than Services."""
+        self._other_features &= ~feature
+        self._other_features |= feature if on else 0
 
     # ---- outputs
 
@@ -98,12 +131,14 @@ class Projection:
         nodes = self.routes.project()
         if nodes is not None:
             self.placement.set_nodes(nodes)
+            self.services.set_facts(self._service_facts())
         selectors_changed = self.identity.selectors_changed
         self.placement.classes_changed(self.identity.resolve())
         self._project_policies(selectors_changed)
         self.placement.locate()
         self.placement.project(self.policy.project())
         self.identity.settle()
+        self._project_host_ports()
         self.services.project()
 
     def take(self) -> Delta:
@@ -111,6 +146,9 @@ class Projection:
         return Delta(
             services=self.services.services.take(),
             backends=self.services.backends.take(),
+            maglev=self.services.maglev.take(),
+            source_ranges=self.services.source_ranges.take(),
+            netns_addresses=self.netns.rows.take(),
             addresses=self.placement.addresses.take(),
             prefixes=self.placement.prefixes.take(),
             endpoints=self.placement.endpoints.take(),
@@ -133,9 +171,14 @@ class Projection:
         """The object that a row is there for, as its user knows it."""
         match table:
             case "services":
-                return "service " + "/".join(self.services.owner(key) or ("?", "?"))
-            case "backends":
-                return f"service {self.services.owner_of_backend(key)}"
+                name = self.services.owner(key)
+                return describe(name) if name is not None else f"address {text(key.address)}"
+            case "backends" | "maglev":
+                return self.services.owner_of_id(key.service)
+            case "source_ranges":
+                return self.services.owner_of_identity(key.identity)
+            case "netns_addresses":
+                return f"network namespace {key}"
             case "policy":
                 names = self.policy.policies_of(key.rule_set)
                 return "policy " + ", ".join("/".join(name) for name in names)
@@ -146,6 +189,11 @@ class Projection:
                 return f"address {text(key)}"
             case _:
                 return f"prefix {Cidr(key.address, key.bits).text()}"
+
+    @property
+    def features(self) -> int:
+        """RuntimeFeature bits."""
+        return self.services.features | self._other_features
 
     @property
     def host_routes(self) -> frozenset[HostRoute]:
@@ -177,6 +225,7 @@ class Projection:
                 self.placement.set_prefix(item.cidr, item.wire_class)
             case resources.Pod():
                 self.placement.set_pod(item.uid, item.wire_class)
+                self._set_host_ports(item.uid, item)
             case None:
                 self._remove(kind, rest)
 
@@ -202,6 +251,37 @@ class Projection:
                 self.placement.set_prefix(prefix, None)
             case "pod":
                 self.placement.set_pod(rest, None)
+                self._set_host_ports(rest, None)
+
+    def _set_host_ports(self, uid: str, pod: resources.Pod | None) -> None:
+        if pod is not None and pod.host_ports:
+            self._host_ports[uid] = pod
+            self._dirty_host_ports = True
+        elif self._host_ports.pop(uid, None) is not None:
+            self._dirty_host_ports = True
+
+    def _project_host_ports(self) -> None:
+        if not self._dirty_host_ports:
+            return
+        self._dirty_host_ports = False
+        wanted: dict[ServiceName, Exposed] = {}
+        for endpoint in self.placement.local.values() if self._host_ports else ():
+            pod = self._host_ports.get(endpoint.pod.uid)
+            if pod is not None:
+                name = (pod.namespace, HOST_PORTS + pod.name)
+                wanted[name] = Exposed(pod.host_ports, endpoint.addresses)
+        self.services.set_exposed(wanted)
+
+    def _service_facts(self) -> ServiceFacts:
+        facts, own = self.routes.facts, self.routes.own_node
+        local = (*facts.addresses, *facts.local)
+        return ServiceFacts(
+            place=Place(facts.node, own.zone if own else ""),
+            node_ports_at=node_port_addresses(self._settings.node_ports, facts.addresses, local),
+            own=frozenset(local),
+            maglev_table_size=self._settings.maglev_table_size,
+            dsr=self._settings.dsr,
+        )
 
     def _set_policy(self, name: PolicyName, item: resources.Policy | None) -> None:
         if item is None:

@@ -5,12 +5,26 @@ from __future__ import annotations
 
 import msgspec
 
+from weir.agent.backends import unpack
 from weir.agent.explain import PROTOCOLS
+from weir.agent.frontends import EXTERNAL, Rank, Row, ranges
 from weir.agent.reconciler import Reconciler
+from weir.agent.resources import Service, ServicePort
+from weir.agent.services import HOST_PORTS, ServiceName, describe
 from weir.agent.state import DesiredState
 from weir.agent.stream import StreamState
 from weir.agent.tables import Projection
+from weir.agent.topology import of_family, terminating
 from weir.api.address import Addr, text
+from weir.datapath.records import ServiceFlag
+
+KINDS = {
+    Rank.CLUSTER_IP: "ClusterIP",
+    Rank.NODE_PORT: "NodePort",
+    Rank.LOAD_BALANCER: "LoadBalancer",
+    Rank.EXTERNAL_IP: "ExternalIP",
+    Rank.HOST_PORT: "HostPort",
+}
 
 
 class TableView(msgspec.Struct, frozen=True):
@@ -57,12 +71,25 @@ class EndpointView(msgspec.Struct, frozen=True):
 
 
 class ServiceView(msgspec.Struct, frozen=True):
+    """A frontend. scope: whose it is (all, inside or outside the cluster). taken_by: who has it,
+    if the Service itself lost it; then it has no backends. draining: backends that only serve what
+    they have."""
+
     service: str
+    type: str
+    kind: str
     port_name: str
     address: str
     port: int
     protocol: str
+    scope: str
+    policy: str
+    affinity_seconds: int
+    source_ranges: list[str]
     backends: list[str]
+    draining: list[str]
+    maglev: bool
+    taken_by: str
 
 
 class PolicyView(msgspec.Struct, frozen=True):
@@ -156,20 +183,64 @@ def endpoints(projection: Projection) -> list[EndpointView]:
 
 
 def services(projection: Projection) -> list[ServiceView]:
-    views = []
-    for name, port, key in projection.services.listing():
-        backends = projection.services.backends_of(key)
-        views.append(
-            ServiceView(
-                service="/".join(name),
-                port_name=port.name,
-                address=text(key.address),
-                port=key.port,
-                protocol=PROTOCOLS.get(key.protocol, str(key.protocol)),
-                backends=[_endpoint(backend.address, backend.port) for backend in backends],
-            )
-        )
-    return sorted(views, key=lambda view: (view.service, view.address, view.port))
+    tables = projection.services
+    views = [
+        _frontend(projection, name, row)
+        for name in (*tables.all_services, *tables.exposed)
+        for row in tables.rows_of(name)
+    ]
+    return sorted(views, key=lambda view: (view.service, view.address, view.port, view.scope))
+
+
+def _frontend(projection: Projection, name: ServiceName, row: Row) -> ServiceView:
+    tables, key = projection.services, row.key
+    service = tables.all_services.get(name)
+    owner = tables.owner(key)
+    published = tables.services.get(key) if owner == name else None
+    used = tables.backends_of(key) if published is not None else ()
+    used_texts = [_endpoint(backend.address, backend.port) for backend in used]
+    draining: list[str] = []
+    if service is not None:
+        port = ServicePort(row.backends.port, row.backends.protocol, 0)
+        slices = list(of_family(tables.slices_of(name), ipv4=row.backends.ipv4))
+        draining = [
+            _endpoint(backend.address, backend.port)
+            for backend in unpack(b"".join(sorted(terminating(slices, port))))
+        ]
+    ranged = service is not None and row.flags & ServiceFlag.SOURCE_RANGES
+    if key.scope == EXTERNAL:
+        scope = "outside"
+    else:
+        scope = "inside" if row.flags & ServiceFlag.EXTERNAL_ROW else "all"
+    return ServiceView(
+        service="/".join(name).replace(HOST_PORTS, ""),
+        type=_type(service),
+        kind=KINDS[row.rank],
+        port_name=row.backends.port,
+        address=text(key.address),
+        port=key.port,
+        protocol=PROTOCOLS.get(key.protocol, str(key.protocol)),
+        scope=scope,
+        policy="Local" if row.backends.local else "Cluster",
+        affinity_seconds=service.affinity_seconds if service else 0,
+        source_ranges=[
+            cidr.text()
+            for cidr in (ranges(service, row.backends.ipv4) if ranged and service else ())
+        ],
+        backends=used_texts,
+        draining=draining,
+        maglev=published is not None and bool(published.flags & ServiceFlag.MAGLEV),
+        taken_by=describe(owner) if owner is not None and owner != name else "",
+    )
+
+
+def _type(service: Service | None) -> str:
+    """As far as the operator tells it."""
+    if service is None:
+        return "HostPort"
+    if service.external.load_balancer_ips or service.external.health_check_node_port:
+        return "LoadBalancer"
+    return "NodePort" if service.external.node_ports else "ClusterIP"
 
 
 def policies(projection: Projection) -> list[PolicyView]:

@@ -85,19 +85,48 @@ def services(answers: Sequence[Answer]) -> str:
     rows = []
     for answer in answers:
         for item in answer.data or ():
-            backends = item["backends"]
-            more = f" +{len(backends) - SHOWN}" if len(backends) > SHOWN else ""
             address = item["address"]
             host = f"[{address}]" if ":" in address else address
             rows.append(
                 [
                     answer.node,
                     item["service"],
+                    item["kind"],
                     f"{host}:{item['port']}/{item['protocol']}",
-                    (", ".join(backends[:SHOWN]) + more) or "none: refused",
+                    item["scope"],
+                    item["policy"],
+                    _choice(item),
+                    _backends(item),
                 ]
             )
-    return _with_errors(table(["NODE", "SERVICE", "ADDRESS", "BACKENDS"], rows), answers)
+    header = ["NODE", "SERVICE", "KIND", "ADDRESS", "CLIENTS", "POLICY", "CHOICE", "BACKENDS"]
+    return _with_errors(table(header, rows), answers)
+
+
+def _choice(item: dict[str, Any]) -> str:
+    words = ["maglev" if item["maglev"] else "random"]
+    if item["affinity_seconds"]:
+        words.append(f"affinity {item['affinity_seconds']} s")
+    if item["source_ranges"]:
+        words.append("only from " + " ".join(item["source_ranges"]))
+    return ", ".join(words)
+
+
+def _backends(item: dict[str, Any]) -> str:
+    if item["taken_by"]:
+        return f"none: {item['taken_by']} has this address and port"
+    shown = _some(item["backends"])
+    drained = [backend for backend in item["draining"] if backend not in item["backends"]]
+    if drained:
+        shown += f" draining: {_some(drained)}"
+    if item["backends"]:
+        return shown
+    return f"none: {'dropped' if item['policy'] == 'Local' else 'refused'}{shown}"
+
+
+def _some(backends: list[str]) -> str:
+    more = f" +{len(backends) - SHOWN}" if len(backends) > SHOWN else ""
+    return ", ".join(backends[:SHOWN]) + more
 
 
 def policies(answers: Sequence[Answer]) -> str:

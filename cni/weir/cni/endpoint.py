@@ -39,7 +39,8 @@ NO_POD = PodRef()
 
 @dataclass(frozen=True, slots=True)
 class LocalEndpoint:
-    """A pod on this node. `ifindex` and `host_mac` are those of the host end of the veth."""
+    """A pod on this node. `ifindex` and `host_mac` are those of the host end of the veth.
+    `netns_cookie` names its network namespace, 0 where the kernel does not tell (before 5.14)."""
 
     container_id: str
     netns: str
@@ -51,6 +52,7 @@ class LocalEndpoint:
     addresses: tuple[Addr, ...]
     pod: PodRef
     network: str = "weir"
+    netns_cookie: int = 0
 
 
 class EndpointHost(Protocol):

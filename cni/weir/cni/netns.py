@@ -9,7 +9,10 @@ its main thread's, never changes.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +22,7 @@ from weir.cni.errors import Code, WiringError
 
 CLONE_NEWNET = 0x40000000
 SYSCTLS = Path("/proc/sys")
+SO_NETNS_COOKIE = 71
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -59,6 +63,18 @@ def inside(fd: int) -> Iterator[None]:
             _setns(own)
     finally:
         os.close(own)
+
+
+def netns_cookie() -> int:
+    """The number by which socket hooks know this thread's namespace; 0 before 5.14."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as any_socket:
+        try:
+            cookie = any_socket.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
+        except OSError as error:
+            if error.errno == errno.ENOPROTOOPT:
+                return 0
+            raise WiringError("cannot get the namespace's cookie", details=str(error)) from error
+    return int.from_bytes(cookie, sys.byteorder)
 
 
 def sysctl(name: str, value: int, *, root: Path = SYSCTLS, optional: bool = False) -> None:

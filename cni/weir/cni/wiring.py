@@ -35,7 +35,7 @@ from weir.cni import netlink
 from weir.cni.endpoint import HOST_PREFIX, LocalEndpoint, PodRef, host_ifname, mac_addresses
 from weir.cni.errors import WiringError
 from weir.cni.netlink import Link, Neighbour, Netlink, Route
-from weir.cni.netns import SYSCTLS, NetnsGone, inside, open_netns, sysctl
+from weir.cni.netns import SYSCTLS, NetnsGone, inside, netns_cookie, open_netns, sysctl
 
 GATEWAY_V4 = address.parse("169.254.1.1")
 GATEWAY_V6 = address.parse("fe80::1")
@@ -185,9 +185,10 @@ def create(planned: LocalEndpoint, mtu: int, sysctls: Path = SYSCTLS) -> LocalEn
             sysctl(f"net/ipv6/conf/{name}/disable_ipv6", 0, root=sysctls)
         with inside(netns_fd):
             _configure_pod_end(planned, link.peer, has_v6=has_v6, sysctls=sysctls)
+            cookie = netns_cookie()
     finally:
         os.close(netns_fd)
-    return dataclasses.replace(planned, ifindex=link.index)
+    return dataclasses.replace(planned, ifindex=link.index, netns_cookie=cookie)
 
 
 def _configure_pod_end(
