@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,19 @@ from support.packet_node import BOOKS, Book, Node, World
 
 from weir.api.address import parse
 from weir.datapath.settings import Settings
+
+# The first whose test run takes the interface by which a packet came.
+INGRESS_KERNEL = (5, 12)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Earlier kernels show by the node ring's traffic what `forwarded` tests show here."""
+    release = tuple(map(int, os.uname().release.split(".")[:2]))
+    if release >= INGRESS_KERNEL:
+        return
+    chosen = [item for item in items if not item.get_closest_marker("forwarded")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 @pytest.fixture(params=[4, 6], ids=["v4", "v6"])

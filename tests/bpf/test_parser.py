@@ -154,7 +154,7 @@ def test_truncated(node: Node, net: Book, kind: str) -> None:
     header = 20 if net.family == 4 else 40
     for program in PROGRAMS:
         for length in range(14 + header, len(frame)):
-            out = node.run(program, "pa", frame[:length], ingress="ul")
+            out = node.run(program, "pa", frame[:length])
             assert out.code != TC_ACT_REDIRECT, (program, length)
             if program in {"from_pod", "to_pod", "from_overlay", "to_overlay"}:
                 assert out.code == TC_ACT_SHOT, (program, length)

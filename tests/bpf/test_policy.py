@@ -247,6 +247,7 @@ def test_own_node_is_never_judged(node: Node, net: Book) -> None:
     assert reply.drops == {}
 
 
+@pytest.mark.forwarded
 def test_forwarded_to_pod_is_judged(node: Node, net: Book) -> None:
     node.isolate(a_ingress=SHUT_INGRESS)
     frame = Ether(src=HOST_MACS["a"], dst=POD_MACS["a"]) / net.ip(net.world, net.a) / syn(5, 6)
@@ -254,15 +255,18 @@ def test_forwarded_to_pod_is_judged(node: Node, net: Book) -> None:
     assert (out.code, out.drops) == (TC_ACT_SHOT, {DropReason.POLICY_INGRESS: 1})
 
 
-@pytest.mark.parametrize("program", ["from_uplink", "to_pod"])
+@pytest.mark.parametrize(
+    "program", ["from_uplink", pytest.param("to_pod", marks=pytest.mark.forwarded)]
+)
 def test_ingress_from_world(node: Node, net: Book, program: str) -> None:
     node.isolate(a_ingress=SHUT_INGRESS)
     layers = net.ip(net.world, net.a) / syn()
     frame = Ether(src=PEER_MAC, dst=GATEWAY_MAC) / layers
-    out = node.run(program, "pa" if program == "to_pod" else "ul", frame, ingress="ul")
+    device, ingress = ("pa", "ul") if program == "to_pod" else ("ul", "")
+    out = node.run(program, device, frame, ingress=ingress)
     assert out.drops == {DropReason.POLICY_INGRESS: 1}
     node.isolate()
-    out = node.run(program, "pa" if program == "to_pod" else "ul", frame, ingress="ul")
+    out = node.run(program, device, frame, ingress=ingress)
     assert (out.code, out.drops) == (TC_ACT_OK if program == "to_pod" else TC_ACT_REDIRECT, {})
     if program == "from_uplink":
         assert_packet(out.packet, bytes(Ether(dst=POD_MACS["a"], src=HOST_MACS["a"]) / layers))
