@@ -31,7 +31,8 @@ class Party(msgspec.Struct, frozen=True):
 
 
 class Explained(msgspec.Struct, frozen=True):
-    """An event for people and for JSON. policies: namespace/name of those that decided."""
+    """An event for people and for JSON. policies: namespace/name of those that decided, or
+    "BlockList NAME"."""
 
     time: float
     verdict: str
@@ -88,6 +89,9 @@ class Explainer:
         return Party(text(addr), port, self.pod_name(addr))
 
     def _decided(self, event: Event) -> tuple[tuple[str, ...], str]:
+        if event.reason == DropReason.BLOCKED:
+            lists = self._projection.blocks.names(event.rule)
+            return tuple(f"BlockList {name}" for name in lists), ""
         if event.rule:
             rule = self._projection.rule_numbers.key(event.rule)
             return ((f"{rule.namespace}/{rule.policy}",) if rule else ()), ""

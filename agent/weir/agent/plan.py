@@ -62,6 +62,7 @@ class Plan:
     services: list[AnyOp]
     policy: list[AnyOp]
     routes: list[AnyOp]
+    blocked: list[AnyOp]
     namespaces: list[AnyOp]
     judge_again: bool
     borrowed: tuple[int, ...] = ()  # class numbers used during the plan only
@@ -108,6 +109,7 @@ def plan(
         ),
         policy=_some(ops),
         routes=_some([_op("routes", _upserts(delta.routes), _deletes(delta.routes))]),
+        blocked=_some([_op("blocked", _upserts(delta.blocked), _deletes(delta.blocked))]),
         namespaces=_some(
             [
                 _op(

@@ -187,7 +187,13 @@ class Pod:
     host_ports: tuple[HostPort, ...] = ()
 
 
-Resource = Service | Slice | Node | Selector | Class | Policy | Address | Prefix | Pod
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    name: str
+    cidrs: tuple[Cidr, ...]
+
+
+Resource = Service | Slice | Node | Selector | Class | Policy | Address | Prefix | Pod | Blocked
 
 
 def resource_name(encoded: bytes) -> str:
@@ -237,6 +243,8 @@ def expected_name(item: Resource, name: str) -> str:
             return f"prefix/{item.cidr.address.hex()}/{item.cidr.bits}"
         case Pod():
             return f"pod/{item.uid}"
+        case Blocked():
+            return f"blocked/{item.name}"
         case Slice():
             return name if name.startswith("slice/") else ""
 
@@ -264,6 +272,8 @@ def _parse(kind: str, message: weir_pb2.Resource) -> Resource:
         case "prefix":
             prefix = message.prefix
             return Prefix(_cidr(prefix.cidr), WireClass(getattr(prefix, "class")))
+        case "blocked":
+            return Blocked(message.blocked.name, tuple(map(_cidr, message.blocked.cidrs)))
         case _:
             pod = message.pod
             return Pod(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weir.agent import resources
+from weir.agent.blocks import BlockTable
 from weir.agent.classes import ClassContent, Numbers
 from weir.agent.frontends import ALL_ADDRESSES, NodePortRule, ServiceFacts, node_port_addresses
 from weir.agent.identity import CLASS_FIRST, Identity
@@ -61,6 +62,7 @@ class Delta:
     endpoints: dict[Addr, Change[records.Endpoint]] = field(default_factory=dict)
     policy: dict[records.PolicyKey, Change[records.PolicyVerdict]] = field(default_factory=dict)
     routes: dict[records.PrefixKey, Change[records.Route]] = field(default_factory=dict)
+    blocked: dict[records.PrefixKey, Change[records.Blocked]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in self.__slots__)
@@ -78,6 +80,7 @@ class Projection:
         self.services = ServiceTables()
         self.netns = NetnsTable()
         self.routes = RouteTables()
+        self.blocks = BlockTable()
         self._tables: dict[str, RowsLike[Any, Any]] = {
             rows.name: rows
             for rows in (
@@ -91,6 +94,7 @@ class Projection:
                 self.placement.endpoints,
                 self.policy.rows,
                 self.routes.rows,
+                self.blocks.rows,
             )
         }
         self._policies: dict[PolicyName, resources.Policy] = {}
@@ -154,6 +158,7 @@ class Projection:
             endpoints=self.placement.endpoints.take(),
             policy=self.policy.rows.take(),
             routes=self.routes.rows.take(),
+            blocked=self.blocks.rows.take(),
         )
 
     def table(self, name: str) -> RowsLike[Any, Any]:
@@ -179,6 +184,8 @@ class Projection:
                 return self.services.owner_of_identity(key.identity)
             case "netns_addresses":
                 return f"network namespace {key}"
+            case "blocked":
+                return self.blocks.owner(key)
             case "policy":
                 names = self.policy.policies_of(key.rule_set)
                 return "policy " + ", ".join("/".join(name) for name in names)
@@ -226,6 +233,8 @@ class Projection:
             case resources.Pod():
                 self.placement.set_pod(item.uid, item.wire_class)
                 self._set_host_ports(item.uid, item)
+            case resources.Blocked():
+                self.blocks.set_list(item.name, item.cidrs)
             case None:
                 self._remove(kind, rest)
 
@@ -249,6 +258,8 @@ class Projection:
             case "prefix":
                 prefix = Cidr(Addr(bytes.fromhex(first)), int(second))
                 self.placement.set_prefix(prefix, None)
+            case "blocked":
+                self.blocks.remove_list(rest)
             case "pod":
                 self.placement.set_pod(rest, None)
                 self._set_host_ports(rest, None)
