@@ -27,7 +27,8 @@ class KubeconfigError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How to reach the API server. `servers` are tried in turn; `token_file` is read again."""
+    """How to reach the API server. `servers` are tried in turn; `token_file` is read again, and
+    comes before `token`."""
 
     servers: tuple[str, ...]
     ca: str = ""  # PEM
@@ -100,12 +101,25 @@ def from_file(path: Path) -> Access:
         return Access(
             servers=(str(loaded.host).rstrip("/"),),
             ca=_content(loaded.ssl_ca_cert),
+            token_file=_token_file(path),
             token=str(loaded.api_key.get("BearerToken", "")).removeprefix("Bearer ").strip(),
             cert=_content(loaded.cert_file),
             key=_content(loaded.key_file),
         )
     except (config.ConfigException, OSError, ValueError) as error:
         raise KubeconfigError(f"{path}: {error}") from error
+
+
+def _token_file(path: Path) -> Path | None:
+    """Read again and again, as the library reads it only once. None too for a list of files."""
+    if not path.is_file():
+        return None
+    content = _load(path)
+    user = _context(content, path).get("user")
+    if not user:
+        return None
+    name = _named(content, "users", "user", user, path).get("tokenFile")
+    return path.parent / str(name) if name else None
 
 
 def _content(file: str | None) -> str:

@@ -53,6 +53,15 @@ def test_a_kubeconfig(tmp_path: Path) -> None:
     access = from_file(path)
     assert access.servers == ("https://10.0.0.1:6443",)
     assert (access.ca, access.cert, access.current_token()) == ("CA", "CERT", "secret")
+    (tmp_path / "token").write_text("rotated\n")
+    assert access.current_token() == "rotated"
+
+
+def test_a_token_file_comes_before_a_token(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret\n")
+    user = {"tokenFile": str(tmp_path / "token"), "token": "older"}
+    assert from_file(kubeconfig(tmp_path, user=user)).current_token() == "secret"
+    assert from_file(kubeconfig(tmp_path, user={"token": "only"})).current_token() == "only"
 
 
 @pytest.mark.parametrize(
