@@ -15,6 +15,7 @@ from support.tools import tool
 
 from weir.agent import config as agent_config
 from weir.operator import config as operator_config
+from weir.operator.kinds import BLOCK_LIST
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "weir"
@@ -151,6 +152,19 @@ def test_image_tag_defaults_to_the_chart_s_app_version() -> None:
         ),
         pytest.param('apiServer="https://[fd::1]:1"', "apiServer", "https://[fd::1]:1", id="api"),
         pytest.param("agent.metricsPort=9999", "metricsPort", 9999, id="metrics"),
+        pytest.param(
+            'agent.metricsAddress="::"', "metricsAddress", "::", id="metrics-address"
+        ),
+        pytest.param("agent.proxyHealthPort=0", "proxyHealthPort", 0, id="proxy-health"),
+        pytest.param(
+            'nodePortAddresses=["primary"]', "nodePortAddresses", ["primary"], id="node-ports"
+        ),
+        pytest.param(
+            'loadBalancer={"algorithm":"maglev","maglevTableSize":251}',
+            "loadBalancer",
+            {"algorithm": "maglev", "maglevTableSize": 251},
+            id="maglev",
+        ),
         pytest.param("agent.resyncSeconds=7", "resyncSeconds", 7, id="resync"),
         pytest.param('logLevel="debug"', "logLevel", "debug", id="log"),
         pytest.param('cni={"confName":"00-w.conflist"}', "cniConfName", "00-w.conflist", id="conf"),
@@ -285,6 +299,7 @@ def test_versions_without_node_names_in_tokens_are_refused() -> None:
             "set masquerade.enabled",
             id="masquerade",
         ),
+        pytest.param(['nodePortAddresses=["primary","10.0.0.0/8"]'], "alone", id="primary"),
         pytest.param(["operator.replicas=0"], "replicas", id="replicas"),
         pytest.param(['cni.confName="05-weir.conf"'], "confName", id="conf-name"),
     ],
@@ -293,3 +308,41 @@ def test_bad_values_are_refused_by_name(settings: list[str], message: str) -> No
     done = template(*settings)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "mode"),
+    [("xdp={}", "off"), ("xdp.mode=false", "off"), ('xdp.mode="auto"', "auto")],
+)
+def test_xdp_mode(setting: str, mode: str, tmp_path: Path) -> None:
+    """A bare `off` is false to YAML."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config(render(setting), "weir-agent")))
+    environment = {"NODE_NAME": "n", "POD_NAMESPACE": "ns"}
+    assert agent_config.load(path, environment).xdp == mode
+
+
+def test_xdp_mode_that_is_none() -> None:
+    assert template('xdp.mode="fast"').returncode
+
+
+def test_the_operator_may_read_and_mark_blocklists() -> None:
+    manifests = render()
+    crd = manifests["CustomResourceDefinition", "blocklists.weir.dev"]
+    assert crd["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    [version] = crd["spec"]["versions"]
+    path = f"/apis/{crd['spec']['group']}/{version['name']}/{crd['spec']['names']['plural']}"
+    assert path == BLOCK_LIST.path
+    rules = manifests["ClusterRole", "weir-operator"]["rules"]
+    allowed = {
+        (resource, verb)
+        for rule in rules
+        if crd["spec"]["group"] in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert {
+        ("blocklists", "list"),
+        ("blocklists", "watch"),
+        ("blocklists/status", "patch"),
+    } <= allowed

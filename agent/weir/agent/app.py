@@ -42,6 +42,7 @@ from weir.cni.wiring import Wiring
 from weir.datapath.datapath import Datapath
 from weir.datapath.errors import DatapathError
 from weir.datapath.features import Features, probe
+from weir.datapath.links import XDP_MODES
 from weir.datapath.records import Metric, MetricKey
 from weir.datapath.settings import Settings
 
@@ -390,6 +391,7 @@ def settings_of(config: Config, facts: NodeFacts, features: Features) -> Setting
         overlay_mtu=facts.mtu if config.tunnel else 0,
         tunnel=config.tunnel,
         masquerade=config.masquerade,
+        xdp_services=config.xdp_services and config.xdp != "off",
         host_netns_cookie=netns_cookie(),
         maglev_table_size=config.maglev_table_size,
         has_set_retval=features.set_retval,
@@ -415,7 +417,7 @@ def open_datapath(config: Config, settings: Settings) -> Datapath:
 
 def attach_devices(datapath: Datapath, facts: NodeFacts, config: Config) -> None:
     for name in facts.uplinks:
-        datapath.attach_uplink(name)
+        datapath.attach_uplink(name, XDP_MODES[config.xdp])
     if config.tunnel:
         datapath.attach_overlay(links.OVERLAY)
 

@@ -21,6 +21,7 @@ from weir.agent import maglev
 from weir.agent.errors import ConfigError
 from weir.agent.frontends import ALL_ADDRESSES, NodePortRule
 from weir.api.address import Addr, Cidr, parse, parse_cidr
+from weir.datapath.links import XDP_MODES
 from weir.datapath.settings import Sizes
 
 T = TypeVar("T")
@@ -28,6 +29,7 @@ T = TypeVar("T")
 ROUTINGS = ("vxlan", "native")
 ALGORITHMS = ("random", "maglev")
 PRIMARY = "primary"
+XDP_SETTINGS = tuple(XDP_MODES)
 LEVELS = ("debug", "info", "warning", "error")
 MTU_RANGE = range(1280, 65536)
 MAGLEV_TABLE_SIZE = 4093
@@ -65,6 +67,8 @@ class Config:
     tunnel: bool = True
     mtu: int = 0
     uplinks: tuple[str, ...] = ()
+    xdp: str = "off"
+    xdp_services: bool = True
     masquerade: bool = True
     no_masquerade: tuple[Cidr, ...] = ()
     api_server: str = ""
@@ -100,6 +104,7 @@ def parse_config(
 ) -> Config:
     reader = _Reader(values)
     maps = _Reader(reader.take("maps", dict, {}), "maps.")
+    xdp = _Reader(reader.take("xdp", dict, {}), "xdp.")
     balancer = _Reader(reader.take("loadBalancer", dict, {}), "loadBalancer.")
     paths = _Reader(reader.take("paths", dict, {}), "paths.")
     level = reader.choice("logLevel", LEVELS, "info")
@@ -111,6 +116,8 @@ def parse_config(
         tunnel=reader.choice("routing", ROUTINGS, "vxlan") == "vxlan",
         mtu=reader.number("mtu", 0, lambda n: n == 0 or n in MTU_RANGE, "0 or 1280 to 65535"),
         uplinks=tuple(reader.strings("uplinks", str)),
+        xdp=xdp.choice("mode", XDP_SETTINGS, "off"),
+        xdp_services=xdp.take("services", bool, True),
         masquerade=reader.take("masquerade", bool, True),
         no_masquerade=tuple(reader.strings("masqueradeExcludeCIDRs", parse_cidr)),
         api_server=reader.url("apiServer"),
@@ -127,6 +134,7 @@ def parse_config(
             ct=maps.entries("conntrack"),
             snat=maps.entries("snat"),
             sock_nat=maps.entries("sockNat"),
+            blocked=maps.entries("blocked"),
             maglev=maps.entries("maglev"),
             affinity=maps.entries("affinity"),
             source_ranges=maps.entries("sourceRanges"),
@@ -154,7 +162,8 @@ def parse_config(
             }
         ),
     )
-    problems = [*reader.finish(), *maps.finish(), *balancer.finish(), *paths.finish()]
+    readers = (reader, maps, xdp, balancer, paths)
+    problems = [problem for part in readers for problem in part.finish()]
     problems += [
         f"environment variable {name} is not set"
         for name, value in (("NODE_NAME", config.node), ("POD_NAMESPACE", config.namespace))

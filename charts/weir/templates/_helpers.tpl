@@ -23,6 +23,9 @@ app.kubernetes.io/name: weir-operator
 routing: {{ .Values.routing }}
 mtu: {{ .Values.mtu }}
 uplinks: {{ toJson .Values.uplinks }}
+xdp:
+  mode: {{ .Values.xdp.mode | default "off" | quote }}
+  services: {{ .Values.xdp.services }}
 masquerade: {{ .Values.masquerade.enabled }}
 masqueradeExcludeCIDRs: {{ toJson .Values.masquerade.excludeCIDRs }}
 apiServer: {{ .Values.apiServer | quote }}
@@ -36,6 +39,7 @@ maps:
   backends: {{ .Values.maps.backends | int64 }}
   addresses: {{ .Values.maps.addresses | int64 }}
   policy: {{ .Values.maps.policy | int64 }}
+  blocked: {{ .Values.maps.blocked | int64 }}
 metricsPort: {{ .Values.agent.metricsPort }}
 resyncSeconds: {{ .Values.agent.resyncSeconds }}
 logLevel: {{ .Values.logLevel }}

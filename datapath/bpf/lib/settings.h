@@ -32,5 +32,8 @@ const volatile __u64 host_netns_cookie = 0;
 /* Slots of every service with SERVICE_MAGLEV, a prime. 0: there are none. */
 const volatile __u32 maglev_table_size = 0;
 
+/* Non-zero: XDP translates what goes to backends on other nodes, not only tc. */
+const volatile __u8 xdp_services = 0;
+
 /* Non-zero: the kernel has bpf_set_retval() (5.18), so a refused connect() can say so. */
 const volatile __u8 has_set_retval = 0;

@@ -28,6 +28,15 @@ TC_HANDLE = 1
 TC_PRIORITY = 0xC1
 
 
+# By setting: how XDP is attached, the best way first.
+XDP_MODES: Mapping[str, tuple[XdpMode, ...]] = {
+    "off": (),
+    "native": (XdpMode.NATIVE,),
+    "generic": (XdpMode.GENERIC,),
+    "auto": (XdpMode.NATIVE, XdpMode.GENERIC),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Attachment:
     """A program on one side of an interface. `brief`: the interface comes and goes, so attaching

@@ -29,6 +29,7 @@ class Settings:
     ip_local_port_range default (32768-60999), so that the node's own sockets keep theirs.
     host_netns_cookie: of the host's own network namespace, 0: that of the first one.
     maglev_table_size: slots of each service with SERVICE_MAGLEV, 0: there are none.
+    xdp_services: XDP translates for NodePort and LoadBalancer what goes to other nodes.
     has_set_retval: use bpf_set_retval; Datapath.open clears it where the kernel has none.
     """
 
@@ -42,6 +43,7 @@ class Settings:
     snat_port_last: int = 65535
     host_netns_cookie: int = 0
     maglev_table_size: int = 0
+    xdp_services: bool = False
     has_set_retval: bool = True
 
 
