@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /* tc ingress of the overlay device: what other nodes sent, decapsulated. */
-#include "lib/arrive.h"
+#include "lib/frontend.h"
 #include "lib/overlay.h"
 
 /* Only nodes send here, each only what is its own: its pods and its addresses. */
@@ -34,6 +34,7 @@ int from_overlay(struct __sk_buff *ctx)
 
 	if (!packet)
 		return TC_ACT_SHOT;
+	packet->place = PLACE_OVERLAY;
 	int verdict = parse(ctx);
 
 	if (verdict < 0)
@@ -45,13 +46,25 @@ int from_overlay(struct __sk_buff *ctx)
 		return drop(ctx, packet, verdict);
 
 	int fragment = fragment_resolve(packet);
+	int returns = fragment == 0 ? snat_reply(ctx, packet) : 0;
+
+	if (returns < 0)
+		return drop(ctx, packet, returns);
 	const struct endpoint *destination = endpoint_find(&packet->flow.destination);
 
-	if (!destination)
+	if (!destination && !returns && fragment == 0) {
+		verdict = frontend_ask(ctx, packet);
+		if (verdict < 0)
+			return frontend_refuse(ctx, packet, verdict);
+		destination = endpoint_find(&packet->flow.destination);
+	}
+	if (destination)
+		return fragment < 0 ? drop(ctx, packet, fragment) :
+				      arrive_at_pod(ctx, packet, destination);
+	if (!returns && !packet->service)
 		return arrive_is_stray(packet) ? drop(ctx, packet, DROP_NO_ENDPOINT) : pass_up(ctx);
-	if (fragment < 0)
-		return drop(ctx, packet, fragment);
-	return arrive_at_pod(ctx, packet, destination);
+	verdict = frontend_forward(ctx, packet, returns);
+	return verdict == TC_ACT_OK ? pass_up(ctx) : verdict;
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

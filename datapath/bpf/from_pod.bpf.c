@@ -3,6 +3,7 @@
 #include "lib/deliver.h"
 #include "lib/fragment.h"
 #include "lib/service_tc.h"
+#include "lib/snat.h"
 
 /* Tells the pod why its packet goes no further, where the protocols have a word for it. */
 static __always_inline int refuse(struct __sk_buff *ctx, struct packet *packet,
@@ -15,7 +16,7 @@ static __always_inline int refuse(struct __sk_buff *ctx, struct packet *packet,
 		error = reply_refused(ctx, packet);
 		break;
 	case DROP_TOO_BIG:
-		error = reply_too_big(ctx, packet, overlay_mtu);
+		error = reply_too_big(ctx, packet, packet->mtu);
 		break;
 	case DROP_TTL_EXCEEDED:
 		error = reply_time_exceeded(ctx, packet);
@@ -25,14 +26,6 @@ static __always_inline int refuse(struct __sk_buff *ctx, struct packet *packet,
 	}
 	drop(ctx, packet, reason);
 	return error ? TC_ACT_SHOT : deliver_to_pod(ctx, source);
-}
-
-/* The client knows the VIP only: an error must quote the packet as it was sent. */
-static __always_inline int as_sent(struct __sk_buff *ctx, struct packet *packet)
-{
-	struct ip_addr vip = packet->vip;
-
-	return packet->service ? rewrite(ctx, packet, END_DESTINATION, &vip, packet->vip_port) : 0;
 }
 
 SEC("tc")
@@ -58,6 +51,9 @@ int from_pod(struct __sk_buff *ctx)
 	verdict = fragment_resolve(packet);
 	if (verdict < 0)
 		return drop(ctx, packet, verdict);
+	verdict = snat_reply(ctx, packet);
+	if (verdict < 0)
+		return drop(ctx, packet, verdict);
 
 	struct ct_entry *entry = ct_find(packet);
 
@@ -68,7 +64,8 @@ int from_pod(struct __sk_buff *ctx)
 	verdict = ct_admit(ctx, packet, entry, false);
 	if (verdict < 0)
 		return drop(ctx, packet, verdict);
-	verdict = service_from_backend(ctx, packet, entry);
+	verdict = packet->snat ? snat_masquerade(ctx, packet, entry && ct_is_closing(entry->flags)) :
+				 service_from_backend(ctx, packet, entry);
 	if (verdict < 0)
 		return drop(ctx, packet, verdict);
 
@@ -76,7 +73,7 @@ int from_pod(struct __sk_buff *ctx)
 
 	verdict = destination ? deliver_to_pod(ctx, destination) : deliver_away(ctx, packet);
 	if (verdict < 0) {
-		as_sent(ctx, packet);
+		rewrite_as_sent(ctx, packet);
 		return refuse(ctx, packet, source, verdict);
 	}
 	count(ctx, DROP_NONE, DIR_EGRESS);

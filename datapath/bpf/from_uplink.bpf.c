@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* tc ingress of the uplink: replies to masqueraded pods, and native routing to pods. All that
- * is not for a pod is the host's. */
+/* tc ingress of the uplink: services for clients outside, replies to what left with this node's
+ * address, and native routing to pods. All else is the host's. */
 #include "lib/announce.h"
-#include "lib/arrive.h"
 #include "lib/blocked_tc.h"
-#include "lib/snat.h"
+#include "lib/frontend.h"
 
 /* With an overlay, pods of other nodes come through it alone. */
 static __always_inline bool bypasses_overlay(const struct packet *packet)
@@ -24,6 +23,7 @@ int from_uplink(struct __sk_buff *ctx)
 
 	if (!packet)
 		return TC_ACT_SHOT;
+	packet->place = PLACE_UPLINK;
 	if (blocked_drops(ctx, packet))
 		return TC_ACT_SHOT;
 	int verdict = parse(ctx);
@@ -38,21 +38,26 @@ int from_uplink(struct __sk_buff *ctx)
 		return drop(ctx, packet, DROP_SPOOFED_SOURCE);
 
 	int fragment = fragment_resolve(packet);
+	int returns = fragment == 0 ? snat_reply(ctx, packet) : 0;
 
-	if (masquerade && fragment == 0) {
-		verdict = snat_reply(ctx, packet);
-		if (verdict < 0)
-			return drop(ctx, packet, verdict);
-	}
+	if (returns < 0)
+		return drop(ctx, packet, returns);
 	const struct endpoint *destination = endpoint_find(&packet->flow.destination);
 
-	if (!destination)
-		return arrive_is_stray(packet) ? drop(ctx, packet, DROP_NO_ENDPOINT) : TC_ACT_OK;
-	if (fragment < 0)
-		return drop(ctx, packet, fragment);
-	if (bypasses_overlay(packet))
+	if (!destination && !returns && fragment == 0) {
+		verdict = frontend_ask(ctx, packet);
+		if (verdict < 0)
+			return frontend_refuse(ctx, packet, verdict);
+		destination = endpoint_find(&packet->flow.destination);
+	}
+	if ((destination || packet->service) && bypasses_overlay(packet))
 		return drop(ctx, packet, DROP_SPOOFED_SOURCE);
-	return arrive_at_pod(ctx, packet, destination);
+	if (destination)
+		return fragment < 0 ? drop(ctx, packet, fragment) :
+				      arrive_at_pod(ctx, packet, destination);
+	if (!returns && !packet->service)
+		return arrive_is_stray(packet) ? drop(ctx, packet, DROP_NO_ENDPOINT) : TC_ACT_OK;
+	return frontend_forward(ctx, packet, returns);
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

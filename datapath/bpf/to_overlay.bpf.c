@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /* tc egress of the overlay device: says to which node, for pods and for the host alike. */
-#include "lib/drop.h"
+#include "lib/host.h"
 #include "lib/overlay.h"
 
 SEC("tc")
@@ -19,6 +19,11 @@ int to_overlay(struct __sk_buff *ctx)
 	if (address_is_link_scope(&packet->flow.destination))
 		return drop(ctx, packet, DROP_NOT_UNICAST);
 
+	if (host_made(ctx)) {
+		verdict = host_answers(ctx, packet);
+		if (verdict < 0)
+			return drop(ctx, packet, verdict);
+	}
 	const struct route *route = route_find(&packet->flow.destination);
 
 	if (!route || !(route->flags & ROUTE_TUNNEL))

@@ -58,7 +58,7 @@ def test_policy_is_about_the_backend(node: Node, net: Book) -> None:
 
 
 def test_new_backends(node: Node, net: Book) -> None:
-    """A connection stays where it is, datagrams and new connections go to the new backend."""
+    """What runs stays where it is; new connections, and new datagram flows, go to the new one."""
     tcp = net.ip(net.a, net.vip) / TCP(sport=1, dport=80, flags="A")
     udp = net.ip(net.a, net.vip) / UDP(sport=1, dport=80)
     for proto in (6, 17):
@@ -68,9 +68,17 @@ def test_new_backends(node: Node, net: Book) -> None:
     for proto in (6, 17):
         node.service(proto, 80, (net.b, 9090), number=100 + proto)
     assert node.from_pod("a", tcp).frame.dport == 8080
-    assert node.from_pod("a", udp).frame.dport == 9090
+    assert node.from_pod("a", udp).frame.dport == 8080
     new = net.ip(net.a, net.vip) / TCP(sport=2, dport=80, flags="S")
     assert node.from_pod("a", new).frame.dport == 9090
+    new = net.ip(net.a, net.vip) / UDP(sport=2, dport=80)
+    assert node.from_pod("a", new).frame.dport == 9090
+
+
+def test_datagrams_to_what_is_no_service_any_more(node: Node, net: Book) -> None:
+    udp = net.ip(net.a, net.vip) / UDP(sport=1, dport=80)
+    node.service(17, 80, (net.b, 8080))
+    assert node.from_pod("a", udp).frame.dport == 8080
     node.tables.services.delete([key for key, _ in node.tables.services.items()])
     assert node.from_pod("a", udp).frame.dport == 80
     node.isolate(a_egress=Isolation(9, 0))

@@ -65,6 +65,7 @@ class Book:
     node: str
     node2: str
     world: str
+    world2: str
     vip: str
     pod_cidr: tuple[str, int]
     remote_cidr: tuple[str, int]
@@ -91,11 +92,13 @@ BOOKS = {
     4: Book(
         family=4, a="10.0.1.2", b="10.0.1.3", r="10.0.2.2", unknown="10.0.2.99",
         stray="10.0.1.99", node="192.0.2.1", node2="192.0.2.2", world="198.51.100.9",
+        world2="203.0.113.5",
         vip="10.96.0.10", pod_cidr=("10.0.1.0", 24), remote_cidr=("10.0.2.0", 24),
     ),
     6: Book(
         family=6, a="fd00:1::2", b="fd00:1::3", r="fd00:2::2", unknown="fd00:2::99",
         stray="fd00:1::99", node="2001:db8::1", node2="2001:db8::2", world="2001:db8:f::9",
+        world2="2001:db8:e::5",
         vip="fd00:96::10", pod_cidr=("fd00:1::", 64), remote_cidr=("fd00:2::", 64),
     ),
 }  # fmt: skip
@@ -203,12 +206,17 @@ class Node:
         self.tables.policy.delete([key for key, _ in self.tables.policy.items()])
         self.datapath.bump()
 
-    def service(self, proto: int, port: int, *backends: tuple[str, int], number: int = 1) -> None:
+    def service(
+        self, proto: int, port: int, *backends: tuple[str, int], number: int = 1, at: str = "",
+        scope: int = 0, flags: int = 0, affinity_seconds: int = 0, identity: int = 1,
+    ) -> None:  # fmt: skip
+        """`at`: the frontend's address, the cluster IP unless told."""
         for slot, (address, backend_port) in enumerate(backends):
             row = {BackendKey(number, slot): Backend(parse(address), backend_port)}
             self.tables.backends.update(row)
-        key = ServiceKey(parse(self.book.vip), port, proto, 0)
-        self.tables.services.update({key: Service(number, len(backends), 0, 0)})
+        key = ServiceKey(parse(at or self.book.vip), port, proto, scope)
+        row = Service(number, len(backends), flags, affinity_seconds, identity)
+        self.tables.services.update({key: row})
 
     def run(
         self, program: str, device: str, packet: Packet | bytes, ingress: str = "", repeat: int = 1

@@ -29,6 +29,14 @@ static __always_inline bool address_is_unset(const struct ip_addr *address)
 	return !(address->word[0] | address->word[1] | address->word[2] | address->word[3]);
 }
 
+static __always_inline bool address_is_loopback(const struct ip_addr *address)
+{
+	if (address_is_ipv4(address))
+		return bpf_ntohl(address->word[3]) >> 24 == 127;
+	return !(address->word[0] | address->word[1] | address->word[2]) &&
+	       address->word[3] == bpf_htonl(1);
+}
+
 static __always_inline bool address_equal(const struct ip_addr *a, const struct ip_addr *b)
 {
 	return a->word[3] == b->word[3] && a->word[2] == b->word[2] &&

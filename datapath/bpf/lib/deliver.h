@@ -6,6 +6,8 @@
 #include "lib/reply.h"
 #include "lib/where.h"
 
+#define MTU_MIN 1280			/* of IPv6; IPv4's hosts manage with it too */
+
 /* <sys/socket.h> needs the C library, which BPF has not. */
 enum address_family {
 	FAMILY_IPV4 = 2,
@@ -38,16 +40,25 @@ static __always_inline __u32 wire_length(const struct __sk_buff *ctx, const stru
 	return packet->l3_length;
 }
 
-/* To another node. What is too big and may be cut up goes through the host's stack. */
-static __always_inline int deliver_to_overlay(struct __sk_buff *ctx, const struct packet *packet)
+/* The stack takes an address of the node's own, on a packet that comes in, for a lie. */
+static __always_inline bool is_for_the_stack(const struct packet *packet)
 {
-	if (wire_length(ctx, packet) > overlay_mtu)
-		return packet->dont_fragment ? -DROP_TOO_BIG : TC_ACT_OK;
-	return bpf_redirect(overlay_ifindex, 0);
+	return !packet->restored && !packet->snat;
+}
+
+/* To another node. What is too big and may be cut up goes through the host's stack. */
+static __always_inline int deliver_to_overlay(struct __sk_buff *ctx, struct packet *packet)
+{
+	if (wire_length(ctx, packet) <= overlay_mtu)
+		return bpf_redirect(overlay_ifindex, 0);
+	if (!packet->dont_fragment && is_for_the_stack(packet))
+		return TC_ACT_OK;
+	packet->mtu = overlay_mtu;
+	return -DROP_TOO_BIG;
 }
 
 /* As the host routes. What is for the host itself, or what it must decide, goes up. */
-__subprogram int deliver_by_fib(struct __sk_buff *ctx, const struct packet *packet)
+__subprogram int deliver_by_fib(struct __sk_buff *ctx, struct packet *packet)
 {
 	struct bpf_fib_lookup fib = {
 		.family = packet->ipv6 ? FAMILY_IPV6 : FAMILY_IPV4,
@@ -74,10 +85,18 @@ __subprogram int deliver_by_fib(struct __sk_buff *ctx, const struct packet *pack
 	case BPF_FIB_LKUP_RET_UNREACHABLE:
 	case BPF_FIB_LKUP_RET_PROHIBIT:
 		return -DROP_NO_ROUTE;
-	default:
+	case BPF_FIB_LKUP_RET_NOT_FWDED:
 		return TC_ACT_OK;
+	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
+		if (is_for_the_stack(packet))
+			return TC_ACT_OK;
+		/* 5.10 does not tell. */
+		packet->mtu = fib.mtu_result ? fib.mtu_result : MTU_MIN;
+		return -DROP_TOO_BIG;
+	default:
+		return is_for_the_stack(packet) ? TC_ACT_OK : -DROP_NO_ROUTE;
 	}
-	if (fib.ifindex == ctx->ifindex)
+	if (fib.ifindex == ctx->ifindex && is_for_the_stack(packet))
 		return TC_ACT_OK;
 	int error = decrement_hop_limit(ctx, packet);
 
@@ -88,14 +107,16 @@ __subprogram int deliver_by_fib(struct __sk_buff *ctx, const struct packet *pack
 	return bpf_redirect_neigh(fib.ifindex, &neighbour, sizeof(neighbour), 0);
 }
 
-/* Out of the node that the packet's pod is on. */
-static __always_inline int deliver_away(struct __sk_buff *ctx, const struct packet *packet)
+/* Out of the node that the packet's pod is on. A reply from a VIP goes to another node as that
+ * node's packets came: its stack would not take this node's address from the overlay. */
+static __always_inline int deliver_away(struct __sk_buff *ctx, struct packet *packet)
 {
 	const struct route *route = route_find(&packet->flow.destination);
 
 	if (route && (route->flags & ROUTE_LOCAL))
 		return -DROP_NO_ENDPOINT;
-	if (tunnel && route && (route->flags & ROUTE_TUNNEL))
+	if (tunnel && route && (route->flags & ROUTE_TUNNEL) &&
+	    (is_for_the_stack(packet) || !is_node(&packet->flow.destination)))
 		return deliver_to_overlay(ctx, packet);
 	return deliver_by_fib(ctx, packet);
 }

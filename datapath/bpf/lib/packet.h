@@ -40,6 +40,14 @@ enum fragment_part {
 	FRAGMENT_LATER = 2,		/* has no ports: lib/fragment.h finds them */
 };
 
+/* Where a program met its packet. */
+enum place {
+	PLACE_POD = 0,			/* comes from a pod of this node, or goes to it */
+	PLACE_UPLINK = 1,
+	PLACE_OVERLAY = 2,
+	PLACE_HOST = 3,			/* made by this node's own processes */
+};
+
 enum parsed {
 	PARSED_NOT_IP = 0,
 	PARSED_IP = 1,
@@ -89,6 +97,11 @@ struct packet {
 	__u8 l3_proto;			/* transport of the IP packet itself, also in ICMP errors */
 	__u8 source_is_low;		/* in .ct_key */
 	__u32 now;			/* seconds of CLOCK_MONOTONIC */
+	__u32 mtu;			/* with DROP_TOO_BIG: what fits */
+	__u8 place;			/* enum place */
+	__u8 rewritten;			/* .flow is no longer struct scratch's .sent */
+	__u8 restored;			/* a reply: its source is the VIP now */
+	__u8 snat;			/* with .service: the backend must see this node's address */
 };
 
 struct cursor {
@@ -103,6 +116,7 @@ struct scratch {
 	struct packet packet;
 	struct packet quoted;
 	struct cursor cursor;
+	struct tuple sent;		/* packet.flow as it came, once that is .rewritten */
 };
 
 /* The map's own type, so that a changed struct packet is no changed map. */

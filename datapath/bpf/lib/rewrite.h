@@ -169,6 +169,17 @@ static __always_inline int rewrite_quoted(struct __sk_buff *ctx, const struct pa
 	return 0;
 }
 
+/* Keeps the flow as it came, for answers to its sender. */
+static __always_inline void packet_remember(struct packet *packet)
+{
+	struct scratch *mine = scratch_get();
+
+	if (!mine || packet->rewritten)
+		return;
+	mine->sent = packet->flow;
+	packet->rewritten = 1;
+}
+
 /* Gives one end of the packet, and of the flow, another address and port. 0 or a reason. */
 __subprogram int rewrite(struct __sk_buff *ctx, struct packet *packet, enum packet_end end,
 			      const struct ip_addr *address, __be16 port)
@@ -198,6 +209,7 @@ __subprogram int rewrite(struct __sk_buff *ctx, struct packet *packet, enum pack
 	if (error)
 		return error;
 
+	packet_remember(packet);
 	if (end == END_SOURCE) {
 		packet->flow.source = *address;
 		packet->flow.source_port = port;
@@ -206,6 +218,21 @@ __subprogram int rewrite(struct __sk_buff *ctx, struct packet *packet, enum pack
 		packet->flow.destination_port = port;
 	}
 	return 0;
+}
+
+/* Makes the packet what it was: its sender knows no other, and an error must quote that. */
+static __always_inline int rewrite_as_sent(struct __sk_buff *ctx, struct packet *packet)
+{
+	const struct scratch *mine = scratch_get();
+
+	if (!mine || !packet->rewritten)
+		return 0;
+	struct tuple sent = mine->sent;
+	int error = rewrite(ctx, packet, END_SOURCE, &sent.source, sent.source_port);
+
+	return error ? error :
+		       rewrite(ctx, packet, END_DESTINATION, &sent.destination,
+			       sent.destination_port);
 }
 
 /* One router on the way. */

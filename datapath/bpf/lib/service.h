@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* Services: a VIP and port to one of its backends. */
+/* Services: an address and port to one of its backends, for packets and sockets alike. */
 #pragma once
 
 #include <linux/bpf.h>
@@ -33,13 +33,14 @@ struct {
 } backends SEC(".maps");
 
 static __always_inline const struct service *service_find(const struct ip_addr *address,
-							  __be16 port, __u8 protocol)
+							  __be16 port, __u8 protocol,
+							  enum service_scope scope)
 {
 	struct service_key key = {
 		.address = *address,
 		.port = port,
 		.protocol = protocol,
-		.scope = SCOPE_INTERNAL,
+		.scope = scope,
 	};
 
 	if (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP && protocol != IPPROTO_SCTP)
@@ -47,17 +48,39 @@ static __always_inline const struct service *service_find(const struct ip_addr *
 	return bpf_map_lookup_elem(&services, &key);
 }
 
-/* Any backend, with equal chances. NULL: there is none. */
-static __always_inline const struct backend *backend_choose(const struct service *service)
+/* Whether a choice depends on who asks. */
+static __always_inline bool service_knows_clients(const struct service *service)
 {
-	__u32 count = service->count;
+	return service->affinity_seconds || (service->flags & SERVICE_SOURCE_RANGES);
+}
 
-	if (!count)
-		return NULL;
-	struct backend_key key = {
-		.service = service->id,
-		.slot = bpf_get_prandom_u32() % count,
-	};
+/* A slot, with equal chances. */
+static __always_inline __u32 slot_any(const struct service *service)
+{
+	return service->count ? bpf_get_prandom_u32() % service->count : 0;
+}
 
-	return bpf_map_lookup_elem(&backends, &key);
+/* The backend of a new connection: the client's last one, or the one in this slot. 0 or a drop
+ * reason. */
+__subprogram int backend_choose(const struct service *service, const struct ip_addr *client,
+				__u32 slot, struct backend *chosen)
+{
+	struct backend_key key = { .service = service->id, .slot = slot };
+
+	if ((service->flags & SERVICE_SOURCE_RANGES) && !source_range_has(service->identity, client))
+		return -DROP_SOURCE_RANGE;
+	if (!service->count)
+		return service->flags & SERVICE_LOCAL ? -DROP_NO_LOCAL_BACKEND : -DROP_NO_BACKEND;
+	if (service->affinity_seconds && affinity_find(service, client, chosen))
+		return 0;
+
+	const struct backend *backend = bpf_map_lookup_elem(&backends, &key);
+
+	if (!backend)
+		return -DROP_NO_BACKEND;
+	chosen->address = backend->address;
+	chosen->port = backend->port;
+	if (service->affinity_seconds)
+		affinity_remember(service, client, chosen);
+	return 0;
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* Services for clients that the socket hooks do not see: translation of packets. */
+/* Services in packets: of clients outside, and of those that the socket hooks do not see. */
 #pragma once
 
 #include "lib/ct.h"
@@ -7,50 +7,101 @@
 #include "lib/rewrite.h"
 #include "lib/service.h"
 
+/* Neither a pod nor a node. */
+static __always_inline bool client_is_outside(const struct ip_addr *client)
+{
+	if (bpf_map_lookup_elem(&addresses, client))
+		return false;
+	const struct route *route = route_find(client);
+
+	return !route || !(route->flags & ROUTE_POD_CIDR);
+}
+
+/* Whether what goes to the backend must come back by this node, and the backend would not send
+ * it here: it gets an address of the node as its source. */
+static __always_inline bool backend_needs_snat(const struct packet *packet,
+					       const struct ip_addr *backend)
+{
+	switch (packet->place) {
+	case PLACE_POD:
+		return address_equal(backend, &packet->flow.source);
+	case PLACE_HOST:
+		return true;
+	default:
+		return !endpoint_find(backend) && !is_local_host(backend);
+	}
+}
+
+static __always_inline const struct service *service_of(const struct packet *packet)
+{
+	const struct tuple *flow = &packet->flow;
+	const struct service *service = service_find(&flow->destination, flow->destination_port,
+						     flow->l4_proto, SCOPE_INTERNAL);
+
+	if (service && (service->flags & SERVICE_EXTERNAL_ROW) && packet->place == PLACE_UPLINK &&
+	    client_is_outside(&flow->source))
+		return service_find(&flow->destination, flow->destination_port, flow->l4_proto,
+				    SCOPE_EXTERNAL);
+	return service;
+}
+
+static __always_inline __u32 service_slot(const struct packet *packet,
+					  const struct service *service)
+{
+	__u32 slot;
+
+	if (packet->place != PLACE_UPLINK || !(service->flags & SERVICE_MAGLEV))
+		return slot_any(service);
+	slot = slot_by_maglev(service, &packet->flow);
+	return slot < service->count ? slot : slot_any(service);
+}
+
 static __always_inline int service_redirect(struct __sk_buff *ctx, struct packet *packet,
 					    const struct ct_entry *chosen)
 {
 	struct ip_addr backend = chosen->nat_address;
 
 	packet->service = chosen->service;
+	packet->snat = !!(chosen->flags & CT_SNAT);
 	packet->vip = packet->flow.destination;
 	packet->vip_port = packet->flow.destination_port;
 	return rewrite(ctx, packet, END_DESTINATION, &backend, chosen->nat_port);
 }
 
-/* Whether the client stays on its backend. A TCP connection does for its life; datagrams do
- * until the backends change. */
-static __always_inline bool service_is_current(const struct packet *packet,
-					       const struct ct_entry *entry)
+/* Whether the client stays on its backend: a TCP connection does for its life, datagrams while
+ * the service is there. The agent deletes the entries of backends that are gone. */
+static __always_inline bool service_is_current(const struct packet *packet)
 {
-	if (packet->flow.l4_proto != IPPROTO_UDP || packet->quoted_l3_offset)
-		return true;
-	const struct service *service = service_find(&packet->flow.destination,
-						     packet->flow.destination_port, IPPROTO_UDP);
+	const struct tuple *flow = &packet->flow;
 
-	return service && service->id == entry->service;
+	if (flow->l4_proto != IPPROTO_UDP || packet->quoted_l3_offset)
+		return true;
+	return service_find(&flow->destination, flow->destination_port, flow->l4_proto,
+			    SCOPE_INTERNAL);
 }
 
 __subprogram int service_open(struct __sk_buff *ctx, struct packet *packet)
 {
-	const struct service *service = service_find(&packet->flow.destination,
-						     packet->flow.destination_port,
-						     packet->flow.l4_proto);
+	const struct service *service = service_of(packet);
+	struct backend backend;
 
 	if (!service || packet->quoted_l3_offset)
 		return 0;
-	const struct backend *backend = backend_choose(service);
+	int error = backend_choose(service, &packet->flow.source, service_slot(packet, service),
+				   &backend);
 
-	if (!backend)
-		return -DROP_NO_BACKEND;
+	if (error)
+		return error;
 	struct ct_entry entry = {
 		.flags = CT_SERVICE,
 		.service = service->id,
-		.nat_address = backend->address,
-		.nat_port = backend->port,
+		.nat_address = backend.address,
+		.nat_port = backend.port,
 	};
-	int error = ct_create(packet, &entry);
 
+	if (backend_needs_snat(packet, &backend.address))
+		entry.flags |= CT_SNAT;
+	error = ct_create(packet, &entry);
 	return error ? error : service_redirect(ctx, packet, &entry);
 }
 
@@ -63,7 +114,7 @@ static __always_inline int service_to_backend(struct __sk_buff *ctx, struct pack
 		return service_open(ctx, packet);
 	if (!(entry->flags & CT_SERVICE))
 		return 0;
-	if (!service_is_current(packet, entry))
+	if (!service_is_current(packet))
 		return service_open(ctx, packet);
 	if (!packet->quoted_l3_offset)
 		ct_refresh(packet, entry);
@@ -87,5 +138,6 @@ static __always_inline int service_from_backend(struct __sk_buff *ctx, struct pa
 		return 0;
 	struct ip_addr vip = entry->nat_address;
 
+	packet->restored = 1;
 	return rewrite(ctx, packet, END_SOURCE, &vip, entry->nat_port);
 }

@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* Masquerading: pods leave the cluster with this node's address. */
+/* Packets that go on with this node's address: of pods that leave the cluster, and of a
+ * service's clients whose backend is elsewhere. */
 #pragma once
 
+#include "lib/drop.h"
 #include "lib/rewrite.h"
 #include "lib/runtime.h"
 #include "lib/settings.h"
@@ -9,7 +11,7 @@
 
 #define SNAT_PROBES 32
 #define SNAT_SECONDS_TCP 21600
-#define SNAT_SECONDS_OPENING 120
+#define SNAT_SECONDS_BRIEF 120		/* of TCP, while opening and after closing */
 #define SNAT_SECONDS_OTHER 200
 
 /* LRU_HASH, two entries a flow: when full, the flows idle for longest lose their port, and
@@ -26,6 +28,14 @@ static __always_inline void snat_node_address(const struct packet *packet, struc
 {
 	for (int i = 0; i < 4; i++)
 		node->word[i] = packet->ipv6 ? node_ipv6.word[i] : node_ipv4.word[i];
+}
+
+static __always_inline bool snat_has_address(const struct packet *packet)
+{
+	struct ip_addr node;
+
+	snat_node_address(packet, &node);
+	return !address_is_unset(&node);
 }
 
 static __always_inline bool snat_has_ports(const struct packet *packet)
@@ -61,11 +71,13 @@ static __always_inline void snat_reverse_key(const struct tuple *flow, struct sn
 	__builtin_memset(key->pad, 0, sizeof(key->pad));
 }
 
-static __always_inline __u32 snat_lifetime(const struct packet *packet)
+/* @closing: both sides have said so. */
+static __always_inline __u32 snat_lifetime(const struct packet *packet, bool closing)
 {
 	if (packet->flow.l4_proto != IPPROTO_TCP)
 		return SNAT_SECONDS_OTHER;
-	return packet->tcp_flags & (TCP_SYN | TCP_RST) ? SNAT_SECONDS_OPENING : SNAT_SECONDS_TCP;
+	return closing || (packet->tcp_flags & (TCP_SYN | TCP_RST)) ? SNAT_SECONDS_BRIEF :
+								      SNAT_SECONDS_TCP;
 }
 
 static __always_inline void snat_refresh(struct snat_entry *entry, __u32 expires)
@@ -124,16 +136,14 @@ static __always_inline bool snat_leaves_cluster(const struct ip_addr *destinatio
 	return !is_node(destination);
 }
 
-/* Gives a pod's packet the node's address. 0 or a drop reason. */
-__subprogram int snat_masquerade(struct __sk_buff *ctx, struct packet *packet)
+/* Gives the packet the node's address as its source. 0 or a drop reason. */
+__subprogram int snat_masquerade(struct __sk_buff *ctx, struct packet *packet, bool closing)
 {
-	struct snat_entry fresh = { .expires = seconds_now() + snat_lifetime(packet) };
+	struct snat_entry fresh = { .expires = seconds_now() + snat_lifetime(packet, closing) };
 	struct snat_key key;
 
 	snat_node_address(packet, &fresh.address);
-	if (address_is_unset(&fresh.address))
-		return 0;
-	if (!snat_has_ports(packet))
+	if (address_is_unset(&fresh.address) || !snat_has_ports(packet))
 		return -DROP_SNAT_NO_PORT;
 	snat_forward_key(&packet->flow, &key);
 
@@ -167,7 +177,8 @@ __subprogram int snat_masquerade(struct __sk_buff *ctx, struct packet *packet)
 	return error ? error : rewrite(ctx, packet, END_SOURCE, &fresh.address, fresh.port);
 }
 
-/* Gives a reply from outside the cluster its pod back. 1 if it was one, 0, or a drop reason. */
+/* Gives a reply to the node's address its real receiver back. 1 if it was one, 0, or a drop
+ * reason. */
 __subprogram int snat_reply(struct __sk_buff *ctx, struct packet *packet)
 {
 	__u16 port = bpf_ntohs(packet->flow.destination_port);

@@ -24,6 +24,17 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } sock_nat SEC(".maps");
 
+/* HASH without preallocation, no eviction: a pod each, 96 B an entry, 0.4 MB full. Full: the
+ * agent reports it, and what depends on a pod's address is left to the packet programs. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, __u64);
+	__type(value, struct netns_addresses);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} netns_addresses SEC(".maps");
+
 /* Address and port that a socket call names. */
 struct sock_peer {
 	struct ip_addr address;
@@ -64,13 +75,61 @@ static __always_inline int sock_refuse(void)
 	return SOCK_DENY;
 }
 
+static __always_inline void sock_node_address(bool ipv4, struct ip_addr *node)
+{
+	for (int i = 0; i < 4; i++)
+		node->word[i] = ipv4 ? node_ipv4.word[i] : node_ipv6.word[i];
+}
+
+static __always_inline bool sock_is_hosts(struct bpf_sock_addr *ctx)
+{
+	__u64 host = host_netns_cookie ? host_netns_cookie : bpf_get_netns_cookie(NULL);
+
+	return bpf_get_netns_cookie(ctx) == host;
+}
+
+/* The address that the socket's packets would come from. */
+static __always_inline bool sock_client(struct bpf_sock_addr *ctx, bool ipv4,
+					struct ip_addr *client)
+{
+	__u64 cookie = bpf_get_netns_cookie(ctx);
+	const struct netns_addresses *known;
+
+	if (sock_is_hosts(ctx)) {
+		sock_node_address(ipv4, client);
+		return true;
+	}
+	known = bpf_map_lookup_elem(&netns_addresses, &cookie);
+	if (!known)
+		return false;
+	*client = ipv4 ? known->ipv4 : known->ipv6;
+	return true;
+}
+
+/* A node port answers on the loopback address too, for the host's own processes. */
+static __always_inline const struct service *sock_service(struct bpf_sock_addr *ctx,
+							  const struct sock_peer *peer)
+{
+	struct ip_addr address = peer->address;
+
+	if (address_is_loopback(&address)) {
+		if (!sock_is_hosts(ctx))
+			return NULL;
+		sock_node_address(address_is_ipv4(&address), &address);
+	}
+	return service_find(&address, peer->port, peer->protocol, SCOPE_INTERNAL);
+}
+
 /* Puts a backend in place of a VIP. @sticky: an unconnected socket, which names the VIP in
- * every call and must keep its backend while the service stays as it is. */
+ * every call and must keep its backend while the service is there. What is not allowed, or must
+ * vanish without a word, goes out as it is: the packet programs drop it and say why. */
 static __always_inline int sock_translate(struct bpf_sock_addr *ctx, struct sock_peer *peer,
 					  bool sticky, bool *translated)
 {
-	const struct service *service = service_find(&peer->address, peer->port, peer->protocol);
+	const struct service *service = sock_service(ctx, peer);
 	const struct sock_peer vip = *peer;
+	struct ip_addr client = {};
+	struct backend backend;
 
 	if (!service)
 		return SOCK_ALLOW;
@@ -78,19 +137,22 @@ static __always_inline int sock_translate(struct bpf_sock_addr *ctx, struct sock
 		struct sock_nat_key key = sock_key(ctx, &vip);
 		const struct sock_nat *known = bpf_map_lookup_elem(&sock_nat, &key);
 
-		if (known && known->service == service->id) {
+		if (known) {
 			peer->address = known->address;
 			peer->port = known->port;
 			*translated = true;
 			return SOCK_ALLOW;
 		}
 	}
-	const struct backend *backend = backend_choose(service);
+	if (service_knows_clients(service) &&
+	    !sock_client(ctx, address_is_ipv4(&peer->address), &client))
+		return SOCK_ALLOW;
+	int error = backend_choose(service, &client, slot_any(service), &backend);
 
-	if (!backend)
-		return sock_refuse();
-	peer->address = backend->address;
-	peer->port = backend->port;
+	if (error)
+		return error == -DROP_NO_BACKEND ? sock_refuse() : SOCK_ALLOW;
+	peer->address = backend.address;
+	peer->port = backend.port;
 	*translated = true;
 	sock_remember(ctx, peer, &vip.address, vip.port, service->id);
 	if (sticky)

@@ -5,7 +5,7 @@
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
 
-#include "lib/address.h"
+#include "weir/abi.h"
 
 #define SOURCE_RANGE_BITS_ALL (32 + 128)
 
@@ -19,3 +19,14 @@ struct {
 	__type(value, __u8);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } source_ranges SEC(".maps");
+
+static __always_inline bool source_range_has(__u32 identity, const struct ip_addr *client)
+{
+	struct source_range_key key = {
+		.bits = SOURCE_RANGE_BITS_ALL,
+		.identity = identity,
+		.address = *client,
+	};
+
+	return bpf_map_lookup_elem(&source_ranges, &key);
+}

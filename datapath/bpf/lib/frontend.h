@@ -1,0 +1,131 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Services asked for by uplink or overlay: this node passes on what is for a backend elsewhere,
+ * under its own address, and what such a backend answers. */
+#pragma once
+
+#include "lib/arrive.h"
+#include "lib/snat.h"
+
+/* Whether the packet can be for a service. A connection outlives its service, and an error comes
+ * from anybody; of the host's other packets one lookup says that they are its own. */
+static __always_inline bool frontend_is_asked(const struct packet *packet)
+{
+	const struct tuple *flow = &packet->flow;
+
+	if (service_find(&flow->destination, flow->destination_port, flow->l4_proto,
+			 SCOPE_INTERNAL))
+		return true;
+	return packet->quoted_l3_offset ||
+	       (flow->l4_proto == IPPROTO_TCP && packet->fragment != FRAGMENT_LATER &&
+		!(packet->tcp_flags & TCP_SYN));
+}
+
+/* To a node by the underlay, where that node's own packets come from. */
+static __always_inline int frontend_pass_on(struct __sk_buff *ctx, struct packet *packet)
+{
+	const struct route *route = route_find(&packet->flow.destination);
+
+	if (!tunnel || !route || !(route->flags & ROUTE_TUNNEL) ||
+	    is_node(&packet->flow.destination))
+		return deliver_by_fib(ctx, packet);
+
+	int verdict = deliver_to_overlay(ctx, packet);
+
+	if (verdict < 0)
+		return verdict;
+	int error = decrement_hop_limit(ctx, packet);
+
+	return error ? error : verdict;
+}
+
+/* To a backend that is no pod of this node. No policy here is about it. */
+static __always_inline int frontend_to_backend(struct __sk_buff *ctx, struct packet *packet)
+{
+	struct ct_entry *entry = ct_find(packet);
+	int verdict = ct_admit(ctx, packet, entry, true);
+
+	if (verdict < 0)
+		return verdict;
+	if (!packet->snat)
+		return is_local_host(&packet->flow.destination) ? TC_ACT_OK : -DROP_NO_ENDPOINT;
+	verdict = snat_masquerade(ctx, packet, entry && ct_is_closing(entry->flags));
+	return verdict ? verdict : frontend_pass_on(ctx, packet);
+}
+
+/* What a backend elsewhere answered, or is told about its answers. */
+static __always_inline int frontend_to_client(struct __sk_buff *ctx, struct packet *packet)
+{
+	struct ct_entry *entry = ct_find(packet);
+
+	if (!entry)
+		return -DROP_INVALID_CT;
+	int verdict = ct_admit(ctx, packet, entry, true);
+
+	if (verdict < 0)
+		return verdict;
+	verdict = service_from_backend(ctx, packet, entry);
+	if (verdict < 0)
+		return verdict;
+	return is_local_host(&packet->flow.destination) ? TC_ACT_OK : frontend_pass_on(ctx, packet);
+}
+
+/* Back to where the packet came from, which it has been made the answer for. */
+static __always_inline int frontend_answer(struct __sk_buff *ctx, __u64 redirect_flags)
+{
+	struct ethhdr ethernet;
+	__u8 mac[ETH_ALEN];
+
+	if (bpf_skb_load_bytes(ctx, 0, &ethernet, sizeof(ethernet)))
+		return TC_ACT_SHOT;
+	__builtin_memcpy(mac, ethernet.h_dest, ETH_ALEN);
+	__builtin_memcpy(ethernet.h_dest, ethernet.h_source, ETH_ALEN);
+	__builtin_memcpy(ethernet.h_source, mac, ETH_ALEN);
+	if (bpf_skb_store_bytes(ctx, 0, &ethernet, sizeof(ethernet), 0))
+		return TC_ACT_SHOT;
+	return bpf_redirect(ctx->ifindex, redirect_flags);
+}
+
+/* Tells the sender why its packet goes no further, where the protocols have a word for it. */
+static __always_inline int frontend_refuse(struct __sk_buff *ctx, struct packet *packet,
+					   int reason)
+{
+	int error;
+
+	switch (-reason) {
+	case DROP_NO_BACKEND:
+		error = reply_refused(ctx, packet);
+		break;
+	case DROP_TOO_BIG:
+		rewrite_as_sent(ctx, packet);
+		error = reply_too_big(ctx, packet, packet->mtu);
+		break;
+	case DROP_TTL_EXCEEDED:
+		rewrite_as_sent(ctx, packet);
+		error = reply_time_exceeded(ctx, packet);
+		break;
+	default:
+		return drop(ctx, packet, reason);
+	}
+	drop(ctx, packet, reason);
+	return error ? TC_ACT_SHOT : frontend_answer(ctx, 0);
+}
+
+/* Sends what asks for a service to a backend: packet->service is set then. 0 or a drop reason. */
+static __always_inline int frontend_ask(struct __sk_buff *ctx, struct packet *packet)
+{
+	if (!frontend_is_asked(packet))
+		return 0;
+	return service_to_backend(ctx, packet, ct_find(packet));
+}
+
+/* What is for no pod of this node: to the backend, or back to the client. */
+static __always_inline int frontend_forward(struct __sk_buff *ctx, struct packet *packet,
+					    bool returns)
+{
+	int verdict = returns ? frontend_to_client(ctx, packet) : frontend_to_backend(ctx, packet);
+
+	if (verdict < 0)
+		return frontend_refuse(ctx, packet, verdict);
+	count(ctx, DROP_NONE, DIR_INGRESS);
+	return verdict;
+}
