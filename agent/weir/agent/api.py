@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import socket
 from collections.abc import Awaitable, Callable
@@ -129,12 +130,33 @@ def unix_socket(path: Path) -> socket.socket:
     return listener
 
 
-async def serve(app: web.Application, listener: socket.socket) -> None:
+def listeners(address: str, port: int) -> list[socket.socket]:
+    """On the loopback, where the kubelet asks, and on the address, if the node has it."""
+    wide = ipaddress.ip_address(address).is_unspecified  # the loopback is one of them
+    found: list[socket.socket] = []
+    for host in [address] if wide else dict.fromkeys(("127.0.0.1", address)):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            listener = socket.create_server(
+                (host, port), family=family, backlog=64, dualstack_ipv6=wide and ":" in host
+            )
+        except OSError as error:
+            if not found:
+                raise
+            logger.error("metrics are not served on %s: %s", host, error)  # noqa: TRY400  expected
+            continue
+        listener.setblocking(False)
+        found.append(listener)
+    return found
+
+
+async def serve(app: web.Application, *bound: socket.socket) -> None:
     """Until cancelled. Streams under way are cut."""
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
     await runner.setup()
     try:
-        await web.SockSite(runner, listener).start()
+        for listener in bound:
+            await web.SockSite(runner, listener).start()
         await asyncio.get_running_loop().create_future()
     finally:
         await runner.cleanup()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from weir.agent.errors import NodeError
 from weir.agent.events import Events
 from weir.agent.explain import Explainer
 from weir.agent.gate import Gate
+from weir.agent.health_checks import HealthChecks
 from weir.agent.host import AgentHost
 from weir.agent.node import NodeFacts
 from weir.agent.reconciler import GROUPS, Pace, Reconciler
@@ -77,6 +77,13 @@ class App:
         self._servers = Servers(config)
         self._stream = OperatorStream(
             config.node, self._version, self._servers.find, paths.token, self._state
+        )
+        self._health_checks = HealthChecks(
+            self.projection.services,
+            config.node_ports,
+            config.proxy_health_port,
+            healthy=lambda: not self.reconciler.health["services"].error,
+            eligible=lambda: self.projection.routes.own_node is not None,
         )
         self._host = AgentHost(
             self.projection,
@@ -171,6 +178,7 @@ class App:
                 group.create_task(self._settle_pods(), name="settling")
                 group.create_task(self._serve_api(), name="API")
                 group.create_task(self._serve_health(), name="health")
+                group.create_task(self._serve_health_checks(), name="health checks")
         finally:
             await self._close()
 
@@ -282,9 +290,12 @@ class App:
     async def _serve_health(self) -> None:
         if not self._config.metrics_port:
             return
-        listener = socket.create_server(("127.0.0.1", self._config.metrics_port), backlog=64)
-        listener.setblocking(False)
-        await api.serve(api.health(self), listener)
+        listeners = api.listeners(self._config.metrics_address, self._config.metrics_port)
+        await api.serve(api.health(self), *listeners)
+
+    async def _serve_health_checks(self) -> None:
+        await self.reconciler.first_done.wait()
+        await self._health_checks.run(self.reconciler.next_round)
 
     # ---- the node's own network
 

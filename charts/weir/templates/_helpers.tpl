@@ -40,7 +40,19 @@ maps:
   addresses: {{ .Values.maps.addresses | int64 }}
   policy: {{ .Values.maps.policy | int64 }}
   blocked: {{ .Values.maps.blocked | int64 }}
+  endpoints: {{ .Values.maps.endpoints | int64 }}
+  prefixes: {{ .Values.maps.prefixes | int64 }}
+  routes: {{ .Values.maps.routes | int64 }}
+  maglev: {{ .Values.maps.maglev | int64 }}
+  affinity: {{ .Values.maps.affinity | int64 }}
+  sourceRanges: {{ .Values.maps.sourceRanges | int64 }}
+nodePortAddresses: {{ toJson .Values.nodePortAddresses }}
+loadBalancer:
+  algorithm: {{ .Values.loadBalancer.algorithm }}
+  maglevTableSize: {{ .Values.loadBalancer.maglevTableSize | int64 }}
+metricsAddress: {{ .Values.agent.metricsAddress | quote }}
 metricsPort: {{ .Values.agent.metricsPort }}
+proxyHealthPort: {{ .Values.agent.proxyHealthPort }}
 resyncSeconds: {{ .Values.agent.resyncSeconds }}
 logLevel: {{ .Values.logLevel }}
 {{- end }}
