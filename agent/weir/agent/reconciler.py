@@ -23,6 +23,7 @@ from weir.agent.plan import plan
 from weir.agent.rows import Change
 from weir.agent.tables import Delta, Projection
 from weir.datapath.errors import DatapathError
+from weir.datapath.records import Service, ServiceKey
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,16 @@ class Runtime(Protocol):
 
     def set_features(self, features: int) -> None:
         """RuntimeFeature bits."""
+
+
+class Follower(Protocol):
+    """Cleans up behind changed Services."""
+
+    def note(self, changes: Mapping[ServiceKey, Change[Service]]) -> None:
+        """Rows of `services` that change from what was noted before."""
+
+    def published(self) -> None:
+        """All that was noted is in the kernel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +100,7 @@ class Reconciler:
         runtime: Runtime,
         pace: Pace | None = None,
         clock: Callable[[], float] = time.monotonic,
+        follower: Follower | None = None,
     ) -> None:
         self.projection = projection
         self.tables = dict(tables)
@@ -97,6 +109,7 @@ class Reconciler:
         self._runtime = runtime
         self._pace = pace or Pace()
         self._clock = clock
+        self._follower = follower
         self._wake = asyncio.Event()
         self._released = asyncio.Event()
         self._wanted = 0
@@ -183,6 +196,8 @@ class Reconciler:
                 health.compare = True
         retired = self._retired()
         delta = self.projection.take()
+        if self._follower is not None:
+            self._follower.note(delta.services)
         due = [group for group, health in self.health.items() if began >= health.retry_at]
         for group, health in self.health.items():
             if group not in due:
@@ -195,6 +210,8 @@ class Reconciler:
         await self._write_features(features | (self._features or 0))
         await self._apply([g for g in due if await self._look(g, delta)], delta, retired)
         await self._write_features(features)
+        if self._follower is not None and not self.health["services"].error:
+            self._follower.published()
         self.statistics.rounds += 1
         self.statistics.last_seconds = self._clock() - began
         self.statistics.total_seconds += self.statistics.last_seconds

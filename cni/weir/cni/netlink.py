@@ -18,7 +18,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from weir.api import address
 from weir.api.address import Addr
@@ -214,11 +214,12 @@ def add_route(index: int, route: Route) -> Message:
 
 
 class Netlink:
-    """A route socket of the calling thread's network namespace, whichever thread uses it later."""
+    """A netlink socket of the calling thread's network namespace, whichever thread uses it later.
+    `protocol`: NETLINK_ROUTE, or that of a subclass."""
 
-    def __init__(self) -> None:
+    def __init__(self, protocol: int = socket.NETLINK_ROUTE) -> None:
         self._socket = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
         )
         self._socket.bind((0, 0))
         self._socket.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
@@ -226,7 +227,7 @@ class Netlink:
         self._socket.settimeout(TIMEOUT_SECONDS)
         self._sequence = 0
 
-    def __enter__(self) -> Netlink:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -326,13 +327,13 @@ class Netlink:
         try:
             self._socket.sendto(data, (0, 0))
         except OSError as error:
-            raise NetlinkError("send to rtnetlink", error.errno or errno.EIO) from error
+            raise NetlinkError("send to netlink", error.errno or errno.EIO) from error
 
     def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
         try:
             data = self._socket.recv(RECEIVE)
         except OSError as error:
-            raise NetlinkError("receive from rtnetlink", error.errno or errno.ETIMEDOUT) from error
+            raise NetlinkError("receive from netlink", error.errno or errno.ETIMEDOUT) from error
         offset = 0
         while offset + HEADER.size <= len(data):
             length, kind, flags, sequence, _ = HEADER.unpack_from(data, offset)
