@@ -26,10 +26,12 @@ ZONE = "topology.kubernetes.io/zone"
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong with one field of one object, in words for whoever wrote it."""
+    """What is wrong with one field of one object, in words for whoever wrote it. `reason`: of the
+    Event that tells it."""
 
     field: str
     message: str
+    reason: str = "Invalid"
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -78,7 +78,7 @@ def unreadable_policy(key: Key) -> NetworkPolicy:
 def parse_policy(raw: wire.NetworkPolicy) -> Parsed[NetworkPolicy]:
     key = key_of(raw.metadata)
     problems: list[Problem] = []
-    subject, exact = _label_selector(raw.spec.pod_selector, "spec.podSelector", problems)
+    subject, exact = parse_label_selector(raw.spec.pod_selector, "spec.podSelector", problems)
     types = raw.spec.policy_types
     if not types:
         types = ["Ingress", "Egress"] if raw.spec.egress else ["Ingress"]
@@ -150,11 +150,11 @@ def _peer(namespace: str, raw: wire.Peer, field: str, problems: list[Problem]) -
     if raw.pod_selector is None and raw.namespace_selector is None:
         problems.append(Problem(field, "a peer needs podSelector, namespaceSelector or ipBlock"))
         return None
-    pods, pods_exact = _label_selector(raw.pod_selector, f"{field}.podSelector", problems)
+    pods, pods_exact = parse_label_selector(raw.pod_selector, f"{field}.podSelector", problems)
     scope: Scope = InNamespace(namespace)
     scope_exact = True
     if raw.namespace_selector is not None:
-        labels, scope_exact = _label_selector(
+        labels, scope_exact = parse_label_selector(
             raw.namespace_selector, f"{field}.namespaceSelector", problems
         )
         scope = InNamespaces(labels)
@@ -218,7 +218,7 @@ def _port(raw: wire.PolicyPort, field: str, problems: list[Problem]) -> PortRang
     return PortRange(protocol, first, last)
 
 
-def _label_selector(
+def parse_label_selector(
     raw: wire.LabelSelector | None, field: str, problems: list[Problem]
 ) -> tuple[LabelSelector, bool]:
     """The requirements that could be understood, and whether those are all."""

@@ -187,7 +187,7 @@ class Writer:
             "metadata": {"name": f"{about.name[:200]}.{digest}", "namespace": namespace},
             "involvedObject": involved,
             "type": "Warning",
-            "reason": "Invalid",
+            "reason": problem.reason,
             "action": "Compile",
             "message": text[:1024],
             "eventTime": now.replace("+00:00", "Z"),
