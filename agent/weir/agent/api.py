@@ -15,9 +15,13 @@ import msgspec
 from aiohttp import web
 
 from weir.agent import metrics, views
+from weir.agent.conntrack import BadFilter, Filter, parse_filter
 from weir.agent.events import DROPS, EVERYTHING, Events
+from weir.agent.flows import Flows
 from weir.agent.reconciler import Reconciler
 from weir.agent.stream import StreamState
+from weir.agent.walks import Exchanged
+from weir.datapath.errors import DatapathError
 from weir.datapath.records import Metric, MetricKey
 
 logger = logging.getLogger(__name__)
@@ -31,6 +35,7 @@ class Agent(Protocol):
 
     reconciler: Reconciler
     events: Events
+    flows: Flows
 
     @property
     def stream_state(self) -> StreamState: ...
@@ -61,7 +66,51 @@ def local_api(agent: Agent) -> web.Application:
     app.router.add_get("/v1/services", services)
     app.router.add_get("/v1/policies", policies)
     app.router.add_get("/v1/events", _events(agent))
+    app.router.add_get("/v1/ct", _ct_list(agent))
+    app.router.add_post("/v1/ct/flush", _ct_flush(agent))
     return app
+
+
+def _filter(request: web.Request) -> Filter:
+    try:
+        return parse_filter(request.query)
+    except BadFilter as error:
+        raise web.HTTPBadRequest(text=str(error)) from error
+
+
+def _ct_list(agent: Agent) -> Handler:
+    async def ct_list(request: web.Request) -> web.StreamResponse:
+        wanted = _filter(request)
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await response.prepare(request)
+        try:
+            async for lines in agent.flows.conntrack.lines(wanted):
+                await response.write(lines)
+            # The last line says that this was all of it.
+            await response.write(b"{}\n")
+        except (DatapathError, Exchanged) as error:
+            logger.warning("listing flows: %s", error or "the datapath was exchanged")
+        except ConnectionError:
+            logger.debug("who listed flows has gone")
+        return response
+
+    return ct_list
+
+
+def _ct_flush(agent: Agent) -> Handler:
+    async def ct_flush(request: web.Request) -> web.Response:
+        wanted = _filter(request)
+        if not wanted and request.query.get("all") != "1":
+            raise web.HTTPBadRequest(text="neither a filter nor all=1")
+        try:
+            gone = await agent.flows.conntrack.flush(wanted)
+        except (DatapathError, Exchanged) as error:
+            text = str(error) or "the datapath was exchanged meanwhile: do it again"
+            raise web.HTTPServiceUnavailable(text=text) from error
+        logger.info("flushed %d flows (%s)", gone, dict(request.query))
+        return _json({"flows": gone})
+
+    return ct_flush
 
 
 def _events(agent: Agent) -> Handler:
@@ -101,6 +150,7 @@ def health(agent: Agent) -> web.Application:
         families += metrics.agent_families(
             agent.reconciler, agent.stream_state, not agent.why_not()
         )
+        families += metrics.flow_families(agent.flows)
         return web.Response(
             text=metrics.render(families), headers={"Content-Type": "text/plain; version=0.0.4"}
         )

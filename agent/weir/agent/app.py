@@ -19,6 +19,7 @@ from weir.agent.config import Config
 from weir.agent.errors import NodeError
 from weir.agent.events import Events
 from weir.agent.explain import Explainer
+from weir.agent.flows import Flows
 from weir.agent.gate import Gate
 from weir.agent.health_checks import HealthChecks
 from weir.agent.host import AgentHost
@@ -69,10 +70,22 @@ class App:
         self._settings = settings_of(config, facts, features)
         self._version = _version()
         self.projection = Projection(ServiceSettings(config.node_ports, config.maglev_table_size))
-        self.reconciler = Reconciler(
-            self.projection, tables_of(datapath), self, Pace(resync=config.resync_seconds)
-        )
         self._store = Store(paths.state / "state")
+        explainer = Explainer(self.projection, self._store.resources)
+        self.flows = Flows(
+            self.projection,
+            explainer.pod_name,
+            self._gate,
+            lambda: self._datapath.tables,
+            lambda: [endpoint.netns for endpoint in self._endpoints.endpoints.values()],
+        )
+        self.reconciler = Reconciler(
+            self.projection,
+            tables_of(datapath),
+            self,
+            Pace(resync=config.resync_seconds),
+            follower=self.flows,
+        )
         self._state = DesiredState(self._store, self.projection, self.reconciler)
         self._servers = Servers(config)
         self._stream = OperatorStream(
@@ -94,9 +107,7 @@ class App:
             self.why_not_wire,
             unmanaged=config.unmanaged,
         )
-        self.events = Events(
-            lambda: self._datapath, Explainer(self.projection, self._store.resources)
-        )
+        self.events = Events(lambda: self._datapath, explainer)
         self._wiring = Wiring(facts.mtu, sysctls=paths.sysctls)
         self._pool = Pool(paths.state / "ipam.journal")
         self._endpoints = EndpointStore(paths.state / "endpoints")
@@ -152,6 +163,7 @@ class App:
             uplinks=list(self._facts.uplinks),
             mtu=self._facts.mtu,
             routing="vxlan" if self._config.tunnel else "native",
+            flow_warnings=self.flows.warnings(),
         )
 
     # ---- running
@@ -176,6 +188,7 @@ class App:
                 group.create_task(self._keep_node(), name="node")
                 group.create_task(self._wire_pods(), name="CNI")
                 group.create_task(self._settle_pods(), name="settling")
+                group.create_task(self.flows.run(), name="flows")
                 group.create_task(self._serve_api(), name="API")
                 group.create_task(self._serve_health(), name="health")
                 group.create_task(self._serve_health_checks(), name="health checks")
@@ -206,9 +219,9 @@ class App:
         tables = self._datapath.tables
         identities = {key.identity for key, _ in tables.affinity.items()}
         identities |= {key.identity for key, _ in tables.source_ranges.items()}
-        self.projection.services.adopt(
-            dict(tables.services.items()), dict(tables.backends.items()), identities
-        )
+        services = dict(tables.services.items())
+        self.flows.adopt(services)
+        self.projection.services.adopt(services, dict(tables.backends.items()), identities)
         classes = {row.class_ for _, row in tables.addresses.items()}
         classes |= {row.class_ for _, row in tables.prefixes.items()}
         wired = [row for _, row in tables.endpoints.items()]

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from weir.agent.aging import Fill
+from weir.agent.flows import Flows
 from weir.agent.reconciler import Reconciler
 from weir.agent.stream import StreamState
 from weir.agent.views import tables
@@ -122,6 +124,71 @@ def agent_families(reconciler: Reconciler, stream: StreamState, ready: bool) -> 
             len(reconciler.projection.placement.local),
         ),
         single("weir_ready", "gauge", "1 when pods can be wired.", ready),
+    ]
+
+
+def flow_families(flows: Flows) -> list[Family]:
+    """As of the last aging walk: a table's entries cannot be counted without reading it."""
+    fills, sweeps = flows.aging.fills, flows.sweeper.statistics
+
+    def each(name: str, kind: str, text: str, value: Callable[[Fill], float]) -> Family:
+        return Family(
+            name, kind, text, [({"map": name}, value(fill)) for name, fill in fills.items()]
+        )
+
+    return [
+        each(
+            "weir_flow_map_entries",
+            "gauge",
+            "Entries in use of a map that evicts the least recently used, counted while aging.",
+            lambda fill: fill.entries,
+        ),
+        each(
+            "weir_flow_map_capacity",
+            "gauge",
+            "Entries that such a map can hold.",
+            lambda fill: fill.max_entries,
+        ),
+        each(
+            "weir_flow_map_pressure",
+            "gauge",
+            "Its entries in use as part of its capacity, 0 to 1.",
+            lambda fill: fill.ratio,
+        ),
+        each(
+            "weir_flow_map_expired_total",
+            "counter",
+            "Expired entries that aging deleted.",
+            lambda fill: fill.expired,
+        ),
+        Family(
+            "weir_flows_swept_total",
+            "counter",
+            "Entries deleted as the Service or backend that they lead to has gone.",
+            [
+                ({"map": "ct"}, sweeps.flows),
+                ({"map": "sock_nat"}, sweeps.sockets),
+                ({"map": "affinity"}, sweeps.clients),
+            ],
+        ),
+        Family(
+            "weir_sockets_destroyed_total",
+            "counter",
+            "Connected UDP sockets ended as their backend has gone.",
+            [({}, sweeps.destroyed)],
+        ),
+        Family(
+            "weir_sweep_last_seconds",
+            "gauge",
+            "Duration of the last sweep after changed Services in seconds.",
+            [({}, sweeps.last_seconds)],
+        ),
+        Family(
+            "weir_aging_last_seconds",
+            "gauge",
+            "Duration of the last aging round in seconds, its pauses included.",
+            [({}, flows.aging.last_seconds)],
+        ),
     ]
 
 

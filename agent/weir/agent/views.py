@@ -57,6 +57,7 @@ class StatusView(msgspec.Struct, frozen=True):
     errors: dict[str, str]
     reconcile_seconds: float
     repaired: int
+    flow_warnings: list[str]
 
 
 class EndpointView(msgspec.Struct, frozen=True):
@@ -131,6 +132,7 @@ def status(  # the one place where all of it comes together
     uplinks: list[str],
     mtu: int,
     routing: str,
+    flow_warnings: list[str],
 ) -> StatusView:
     projection = reconciler.projection
     own = projection.routes.own_node
@@ -157,6 +159,7 @@ def status(  # the one place where all of it comes together
         errors={group: h.error for group, h in reconciler.health.items() if h.error},
         reconcile_seconds=reconciler.statistics.last_seconds,
         repaired=reconciler.statistics.repaired,
+        flow_warnings=flow_warnings,
     )
 
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from weir.cli import render
+from weir.cli import flows, render
 from weir.cli.errors import CliError
-from weir.cli.source import SOCKET, Answer, Kubectl, Local, Source
+from weir.cli.source import SOCKET, Answer, Kubectl, Local, Question, Source
 
 NAMESPACE = "kube-system"
 QUESTIONS: dict[str, tuple[str, Callable[[Sequence[Answer]], str]]] = {
@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--drops", action="store_true", help="dropped packets (the default)")
     which.add_argument("--all", action="store_true", help="new flows that are allowed, too")
     monitor.add_argument("--pod", default="", metavar="NAMESPACE/NAME", help="only from or to it")
+    flows.add_parsers(commands, common)
     return main_parser
 
 
@@ -80,13 +81,12 @@ def source(arguments: argparse.Namespace) -> Source:
 def run(arguments: argparse.Namespace, where: Source) -> int:
     if arguments.command == "monitor":
         return _monitor(arguments, where)
-    answers = where.ask(arguments.command)
+    if arguments.command == "ct":
+        return flows.run(arguments, where)
+    name = arguments.command
+    answers = where.ask(Question(f"/v1/{name}", (name,)))
     if arguments.output == "json":
-        items = [
-            {"node": a.node, "data": a.data, **({"error": a.error} if a.error else {})}
-            for a in answers
-        ]
-        print(json.dumps(items))
+        print(json.dumps([answer.shown() for answer in answers]))
     else:
         print(QUESTIONS[arguments.command][1](answers))
     return int(any(answer.error for answer in answers))

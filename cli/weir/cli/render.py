@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from weir.cli.source import Answer
@@ -19,6 +19,38 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+class Stream:
+    """A table whose rows come one by one: the first ones settle the columns' widths."""
+
+    SETTLE = 500
+
+    def __init__(self, header: Sequence[str], show: Callable[[str], None]) -> None:
+        self._first: list[Sequence[str]] | None = [header]
+        self._widths: list[int] = []
+        self._show = show
+
+    def row(self, cells: Sequence[str]) -> None:
+        if self._first is None:
+            self._show(self._line(cells))
+            return
+        self._first.append(cells)
+        if len(self._first) > self.SETTLE:
+            self.close()
+
+    def close(self) -> None:
+        """Shows what waits for its widths."""
+        first, self._first = self._first or [], None
+        if first:
+            columns = range(len(first[0]))
+            self._widths = [max(len(row[column]) for row in first) for column in columns]
+        for row in first:
+            self._show(self._line(row))
+
+    def _line(self, cells: Sequence[str]) -> str:
+        padded = (cell.ljust(width) for cell, width in zip(cells, self._widths, strict=True))
+        return "  ".join(padded).rstrip()
 
 
 def status(answers: Sequence[Answer]) -> str:
@@ -62,6 +94,7 @@ def _notes(data: dict[str, Any]) -> Iterable[str]:
     for row in data["tables"]:
         if row["rows"] > 0.9 * row["max_entries"]:
             yield f"map {row['name']} has {row['rows']} of {row['max_entries']} rows"
+    yield from data.get("flow_warnings", ())
 
 
 def endpoints(answers: Sequence[Answer]) -> str:
@@ -146,6 +179,11 @@ def policies(answers: Sequence[Answer]) -> str:
     return _with_errors(table(header, rows), answers)
 
 
+def flush(answers: Sequence[Answer]) -> str:
+    rows = [[answer.node, str(answer.data["flows"])] for answer in answers if answer.data]
+    return _with_errors(table(["NODE", "FLOWS FORGOTTEN"], rows), answers)
+
+
 def event(node: str, item: dict[str, Any]) -> str:
     """One line: time, verdict, reason, who to whom, direction, who decided."""
     clock = time.strftime("%H:%M:%S", time.localtime(item["time"]))
@@ -153,7 +191,7 @@ def event(node: str, item: dict[str, Any]) -> str:
     words = [clock, *([node] if node else []), item["verdict"].upper()]
     if item["reason"]:
         words.append(item["reason"])
-    ends = f"{_party(item['source'], False)} -> {_party(item['destination'], True)}"
+    ends = f"{party(item['source'], with_port=False)} -> {party(item['destination'])}"
     words += [f"{ends}/{item['protocol']}", item["direction"]]
     if item["policies"]:
         words.append(f"by {', '.join(item['policies'])}")
@@ -166,10 +204,10 @@ def concerns(item: dict[str, Any], pod: str) -> bool:
     return pod in {item["source"]["pod"], item["destination"]["pod"]}
 
 
-def _party(party: dict[str, Any], with_port: bool) -> str:
-    name = str(party["pod"] or party["address"])
+def party(one: dict[str, Any], *, with_port: bool = True) -> str:
+    name = str(one["pod"] or one["address"])
     if with_port:
-        return f"{f'[{name}]' if ':' in name else name}:{party['port']}"
+        return f"{f'[{name}]' if ':' in name else name}:{one['port']}"
     return name
 
 

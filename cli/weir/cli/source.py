@@ -12,6 +12,7 @@ import json
 import shutil
 import socket
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,15 @@ LIST_SECONDS = 30
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """The same in two languages: the agent's API, and this command next to another agent."""
+
+    path: str
+    words: tuple[str, ...]
+    method: str = "GET"
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """One node's: the decoded JSON, or what went wrong."""
 
@@ -36,13 +46,28 @@ class Answer:
     data: Any = None
     error: str = ""
 
+    def shown(self) -> dict[str, Any]:
+        """For `-o json`."""
+        error = {"error": self.error} if self.error else {}
+        return {"node": self.node, "data": self.data, **error}
+
+
+Show = Callable[[str, dict[str, Any]], None]
+"""Takes a node's name and one line of its answer."""
+
 
 class Source(Protocol):
-    def ask(self, what: str) -> list[Answer]:
+    def ask(self, question: Question) -> list[Answer]:
         """The same question to every node."""
 
-    def follow(self, everything: bool, show: Callable[[str, dict[str, Any]], None]) -> None:
+    def stream(self, question: Question, show: Show) -> dict[str, str]:
+        """The lines of every node's answer as they come. Returns what went wrong, by node."""
+
+    def follow(self, everything: bool, show: Show) -> None:
         """Events of every node until interrupted."""
+
+
+STATUS = Question("/v1/status", ("status",))
 
 
 class Local:
@@ -51,22 +76,36 @@ class Local:
     def __init__(self, path: Path = SOCKET) -> None:
         self._path = path
 
-    def ask(self, what: str) -> list[Answer]:
-        with_name = json.loads(self._get("/v1/status", TIMEOUT_SECONDS).read())
-        node = str(with_name["node"])
-        if what == "status":
-            return [Answer(node, with_name)]
-        return [Answer(node, json.loads(self._get(f"/v1/{what}", TIMEOUT_SECONDS).read()))]
+    def ask(self, question: Question) -> list[Answer]:
+        status = json.loads(self._get(STATUS.path, TIMEOUT_SECONDS).read())
+        node = str(status["node"])
+        if question == STATUS:
+            return [Answer(node, status)]
+        answer = self._get(question.path, TIMEOUT_SECONDS, question.method)
+        return [Answer(node, json.loads(answer.read()))]
 
-    def follow(self, everything: bool, show: Callable[[str, dict[str, Any]], None]) -> None:
+    def stream(self, question: Question, show: Show) -> dict[str, str]:
+        node = str(json.loads(self._get(STATUS.path, TIMEOUT_SECONDS).read())["node"])
+        response = self._get(question.path, TIMEOUT_SECONDS, question.method)
+        line: dict[str, Any] | None = None
+        while text := response.readline():
+            line = json.loads(text)
+            if line:
+                show(node, line)
+        # An empty object comes last.
+        return {} if line == {} else {node: "the agent broke off: its log says why"}
+
+    def follow(self, everything: bool, show: Show) -> None:
         response = self._get(f"/v1/events{'?all=1' if everything else ''}", None)
         for event in _lines(response):
             show("", event)
 
-    def _get(self, path: str, timeout: float | None) -> http.client.HTTPResponse:
+    def _get(
+        self, path: str, timeout: float | None, method: str = "GET"
+    ) -> http.client.HTTPResponse:
         connection = _UnixConnection(self._path, timeout)
         try:
-            connection.request("GET", path, headers={"Connection": "close"})
+            connection.request(method, path, headers={"Connection": "close"})
             response = connection.getresponse()
         except PermissionError as error:
             connection.close()
@@ -78,6 +117,8 @@ class Local:
                 "The agent does not run here. On a node, see `crictl ps --name agent` and its log; "
                 "elsewhere set KUBECONFIG, so that agents are asked through kubectl.",
             ) from error
+        if response.status in {400, 503}:
+            raise CliError(response.read().decode(errors="replace"), "See `weir ct list --help`.")
         if response.status != 200:
             raise CliError(
                 f"the agent answers {response.status} to {path}",
@@ -108,12 +149,13 @@ class Kubectl:
     context: str = ""
     binary: str = "kubectl"
 
-    def ask(self, what: str) -> list[Answer]:
+    def ask(self, question: Question) -> list[Answer]:
         pods = self._pods()
 
         def one(item: tuple[str, str]) -> Answer:
             node, pod = item
-            done = self._run(self._exec(pod, what, "-o", "json"), TIMEOUT_SECONDS)
+            command = self._exec(pod, *question.words, "-o", "json")
+            done = self._run(command, TIMEOUT_SECONDS)
             if done.returncode:
                 return Answer(
                     node, error=_last_line(done.stderr) or f"kubectl exec: {done.returncode}"
@@ -124,7 +166,24 @@ class Kubectl:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(one, pods.items()))
 
-    def follow(self, everything: bool, show: Callable[[str, dict[str, Any]], None]) -> None:
+    def stream(self, question: Question, show: Show) -> dict[str, str]:
+        def one(item: tuple[str, str]) -> tuple[str, str]:
+            node, pod = item
+            command = self._command(self._exec(pod, *question.words, "-o", "json"))
+            with tempfile.TemporaryFile("w+") as errors:
+                with subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=errors, text=True
+                ) as process:
+                    _relay(process, node, show)
+                errors.seek(0)
+                said = _last_line(errors.read())
+            failed = f"kubectl exec: {process.returncode}" if process.returncode else ""
+            return node, (said or failed) if failed else ""
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return {node: error for node, error in pool.map(one, self._pods().items()) if error}
+
+    def follow(self, everything: bool, show: Show) -> None:
         options = ["--all"] if everything else ["--drops"]
         running: list[subprocess.Popen[str]] = []
         threads = []
@@ -203,9 +262,7 @@ class Kubectl:
             return subprocess.CompletedProcess(command, 1, "", message)
 
 
-def _relay(
-    process: subprocess.Popen[str], node: str, show: Callable[[str, dict[str, Any]], None]
-) -> None:
+def _relay(process: subprocess.Popen[str], node: str, show: Show) -> None:
     for line in process.stdout or ():
         event = json.loads(line)
         if event:
