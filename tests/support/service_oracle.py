@@ -50,6 +50,7 @@ class Backend(StrEnum):
 FRONT = 1
 """The node whose addresses NodePorts are asked at, and through which the outside gets at VIPs."""
 
+HOSTS = frozenset({Client.HOST, Client.OTHER_NODE, Client.BACKEND_NODE})
 NODE_OF_CLIENT = {
     Client.POD: FRONT,
     Client.POD_PACKETS: FRONT,
@@ -98,13 +99,11 @@ def serving_node(case: Case) -> int:
     home = NODE_OF_CLIENT[case.client]
     if case.kind is Kind.HOST_PORT:
         return NODE_OF_BACKEND[case.backend]
-    if case.kind in {Kind.NODE_PORT, Kind.LOOPBACK} or home == 0:
-        return FRONT
-    return home
+    return FRONT if case.kind is Kind.NODE_PORT or home == 0 else home
 
 
 def expect(case: Case) -> Expected:
-    if case.kind is Kind.LOOPBACK and case.client is not Client.HOST:
+    if case.kind is Kind.LOOPBACK and case.client not in HOSTS:
         return Expected(REFUSED)  # its own loopback, where nobody listens
     if case.backend is Backend.NONE:
         return Expected(REFUSED)
