@@ -11,6 +11,7 @@ import pytest
 
 from e2e.suite import export, world
 from e2e.suite.kubectl import Manifest, apply, delete, kubectl
+from e2e.suite.outsider import Outsider, outsider
 from e2e.suite.world import World
 
 
@@ -22,6 +23,12 @@ def cluster() -> Iterator[World]:
     for probe in built.probes.values():
         probe.close()
     kubectl("delete", "namespaces", built.a, built.b, "--wait=false")
+
+
+@pytest.fixture(scope="session")
+def outside_client() -> Iterator[Outsider]:
+    with outsider() as made:
+        yield made
 
 
 class Objects:

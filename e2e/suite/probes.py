@@ -91,15 +91,19 @@ class Probe:
     def address(self, family: int) -> str:
         return next(a for a in self.addresses if (":" in a) == (family == 6))
 
+    def _relay(self) -> list[str]:
+        """The command whose input and output are the probe's."""
+        arguments = ["exec", "--stdin", f"--namespace={self.namespace}", self.name, "--"]
+        return command(*arguments, "python3", "/probe/probe.py", "relay")
+
     def _open(self) -> _Channel:
         with self._lock:
             if self._channel is not None and self._channel.closed:
                 self._channel.end()
                 self._channel = None
             if self._channel is None:
-                arguments = ["exec", "--stdin", f"--namespace={self.namespace}", self.name, "--"]
                 process = subprocess.Popen(
-                    command(*arguments, "python3", "/probe/probe.py", "relay"),
+                    self._relay(),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,

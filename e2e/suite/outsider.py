@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A client that is neither pod nor node: at the control plane's end of the local underlay."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from e2e.suite.kubectl import REPOSITORY, is_local
+from e2e.suite.probes import Probe, ProbeError
+
+_PROBE = str(REPOSITORY / "e2e" / "suite" / "probe.py")
+START_S = 10
+
+
+class Outsider(Probe):
+    """The probe there; it is reached by its socket, not through the API server."""
+
+    def __init__(self, addresses: tuple[str, ...], socket: str, enter: list[str]) -> None:
+        super().__init__("outside", "outside", "", addresses)
+        self._enter = enter
+        self.environment = {**os.environ, "PROBE_CONTROL": socket, "PROBE_NAME": "outside"}
+
+    def _relay(self) -> list[str]:
+        socket = self.environment["PROBE_CONTROL"]
+        return ["env", f"PROBE_CONTROL={socket}", sys.executable, _PROBE, "relay"]
+
+    def serve(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [*self._enter, sys.executable, _PROBE, "serve"], env=self.environment
+        )
+
+    @contextmanager
+    def routes(self, addresses: dict[str, str]) -> Iterator[None]:
+        """To addresses of Services (key) by way of nodes (value), as a router would have them."""
+        for action in ("replace", "del"):
+            for address, via in addresses.items():
+                family = "-6" if ":" in address else "-4"
+                route = ["ip", family, "route", action, address, "via", via]
+                subprocess.run([*self._enter, *route], check=True)
+            if action == "replace":
+                yield
+
+
+@contextmanager
+def outsider() -> Iterator[Outsider]:
+    if not is_local():
+        pytest.skip("no client outside of this cluster")
+    from e2e.cluster import namespaces  # noqa: PLC0415 - only the local cluster has them
+    from e2e.cluster.paths import SETTINGS  # noqa: PLC0415
+    from e2e.cluster.settings import CONTROL_PLANE, load_settings  # noqa: PLC0415
+
+    networks = load_settings(SETTINGS).networks
+    enter = namespaces.entered(CONTROL_PLANE, [], only_network=True)
+    socket = f"/tmp/weir-e2e-client-{os.getpid()}.sock"
+    made = Outsider(tuple(network.gateway for network in networks), socket, enter)
+    process = made.serve()
+    try:
+        deadline = time.monotonic() + START_S
+        while not os.path.exists(socket):  # noqa: PTH110 - a path in a string
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise ProbeError("the probe outside did not start")
+            time.sleep(0.05)
+        yield made
+    finally:
+        made.close()
+        process.kill()
+        process.wait()
+        if os.path.exists(socket):  # noqa: PTH110
+            os.unlink(socket)  # noqa: PTH108
