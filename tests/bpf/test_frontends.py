@@ -199,7 +199,8 @@ def test_no_local_backend_is_silent(node: Node, net: Book) -> None:
 
 
 def test_scopes(native: Node, net: Book) -> None:
-    """With policy Local, clients outside have a row of their own; pods and nodes do not use it."""
+    """With policy Local, what comes by the wire has a row of its own, other nodes' clients too:
+    upstream's suite wants them to find no endpoint where there is none."""
     node = native
     node.service(6, 80, (net.b, 1), flags=ServiceFlag.EXTERNAL_ROW)
     node.service(6, 80, (net.b, 2), scope=1, number=2, flags=ServiceFlag.LOCAL)
@@ -209,7 +210,7 @@ def test_scopes(native: Node, net: Book) -> None:
         ).frame.dport
         for name in ("world", "r", "unknown", "node2")
     }
-    assert seen == {"world": 2, "r": 1, "unknown": 1, "node2": 1}
+    assert set(seen.values()) == {2}, seen
     inside = node.from_pod("a", net.ip(net.a, net.vip) / TCP(sport=1, dport=80, flags="S"))
     assert inside.frame.dport == 1
 

@@ -88,15 +88,15 @@ enum route_flag {
 
 /* Whose traffic a row of `services` is for. */
 enum service_scope {
-	SCOPE_INTERNAL = 0,		/* pods and nodes; others too, but with SERVICE_EXTERNAL_ROW */
-	SCOPE_EXTERNAL = 1,		/* clients outside the cluster: externalTrafficPolicy Local */
+	SCOPE_INTERNAL = 0,		/* this node's pods and processes; all, without SERVICE_EXTERNAL_ROW */
+	SCOPE_EXTERNAL = 1,		/* what comes from elsewhere: externalTrafficPolicy Local */
 };
 
 enum service_flag {
-	SERVICE_EXTERNAL_ROW = 1,	/* clients outside the cluster use the row of SCOPE_EXTERNAL */
+	SERVICE_EXTERNAL_ROW = 1,	/* what comes from elsewhere uses the row of SCOPE_EXTERNAL */
 	SERVICE_LOCAL = 2,		/* traffic policy Local: with no backend here, drop without a word */
 	SERVICE_SOURCE_RANGES = 4,	/* clients must be in `source_ranges` */
-	SERVICE_MAGLEV = 8,		/* clients outside the cluster: by the table in `maglev` */
+	SERVICE_MAGLEV = 8,		/* what comes by the uplink: by the table in `maglev` */
 	SERVICE_DSR = 16,		/* backends elsewhere answer the client themselves */
 };
 
