@@ -28,6 +28,7 @@ from weir.operator.leader import Leader
 from weir.operator.model import Model
 from weir.operator.objects import Problem
 from weir.operator.reflector import Reflector, Timing
+from weir.operator.relay import PeerWatch, Relay
 from weir.operator.revisions import Revisions
 from weir.operator.servers import ServerWatch
 from weir.operator.status import Sample, StatusServer
@@ -80,14 +81,15 @@ class App:
         gap = self.config.batch_milliseconds / 1000
         conditions = Conditions(self._leading)
         model = Model(revisions, gap, self._synced, self._report, conditions=conditions)
-        distribution = Distribution(
-            revisions, Authenticator(api, self.config.namespace), model, self._agent_ready
-        )
+        relay = Relay(revisions.instance, certificates.ca)
+        authenticate = Authenticator(api, self.config.namespace)
+        distribution = Distribution(revisions, authenticate, model, self._agent_ready, relay)
         self._model, self._distribution = model, distribution
         self._writer = writer = Writer(api, self.config.pod_name)
         self._leader = leader = Leader(api, self.config.namespace, self.config.pod_name, self._lead)
+        consumer = PeerWatch(ServerWatch(model, api.learn), self.config.namespace, relay)
         self._reflectors = [
-            Reflector(api, kind, ServerWatch(model, api.learn), self.timing)
+            Reflector(api, kind, consumer, self.timing)
             for kind in (
                 kinds.NAMESPACE,
                 kinds.NODE,
@@ -120,6 +122,7 @@ class App:
                 for task in tasks:
                     task.cancel()
         finally:
+            await relay.close()
             await status.close()
 
     async def _serve(self, certificates: Certificates) -> None:
@@ -227,6 +230,8 @@ class App:
         yield Sample("weir_operator_revision", revisions.revision)
         yield Sample("weir_operator_streams", len(streams))
         yield Sample("weir_operator_ready_nodes", sum(stream.ready for stream in streams))
+        relay = self._distribution.relay
+        yield Sample("weir_operator_relays", relay.streams if relay is not None else 0)
         yield Sample("weir_operator_snapshots", sum(stream.snapshots for stream in streams))
         yield Sample("weir_operator_compile_seconds_total", self._model.compile_seconds)
         yield Sample("weir_operator_compilations_total", self._model.compilations)

@@ -111,7 +111,7 @@ class Compiler:
         self._emit(resources.service(key, new))
 
     def slice(self, key: Key, new: EndpointSlice | None) -> None:
-        if new is not None and not new.service:
+        if new is not None and not (new.service and new.served):
             new = None
         self._emit(resources.endpoint_slice(key, new))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,6 +20,7 @@ import grpc.aio
 from weir.api.address import Addr
 from weir.api.v1 import weir_pb2 as pb
 from weir.operator.auth import AuthError, Identity, Unavailable
+from weir.operator.relay import Relay, Said
 from weir.operator.revisions import Revisions
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class Stream:
 
     node: str
     version: str
+    said: Said
     sent: int = 0
     acknowledged: int = 0
     ready: bool = False
@@ -67,6 +69,7 @@ class Distribution:
     authenticate: Callable[[str], Awaitable[Identity]]
     announcements: Announcements
     on_ready: Callable[[str], None]
+    relay: Relay | None = None
     synced: asyncio.Event = field(default_factory=asyncio.Event)
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     streams: dict[str, Stream] = field(default_factory=dict)  # the latest of each node
@@ -96,14 +99,24 @@ class Distribution:
             await context.abort(
                 grpc.StatusCode.PERMISSION_DENIED, f"the token is for node {identity.node}"
             )
-        stream = Stream(hello.node, hello.version)
+        try:
+            if hello.relayed:
+                await self._serve_relay(hello.node, token, context)
+            else:
+                await self._serve_agent(hello, token, context)
+        except AuthError as error:
+            logger.warning("%s: its token is no good any more: %s", hello.node, error)
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
+
+    async def _serve_agent(self, hello: pb.Hello, token: str, context: Context) -> None:
+        stream = Stream(hello.node, hello.version, Said(hello.node, token))
         self.streams[stream.node] = stream
         logger.info("%s: stream begins, has %s/%d", stream.node, hello.instance, hello.revision)
+        parts = [self._read(stream, context), self._write(stream, hello, context)]
+        if self.relay is not None:
+            parts.append(self.relay.run(stream.said))
         try:
-            await self._serve(stream, hello, token, context)
-        except AuthError as error:
-            logger.warning("%s: its token is no good any more: %s", stream.node, error)
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
+            await self._serve(hello.node, token, parts)
         finally:
             if self.streams.get(stream.node) is stream:
                 del self.streams[stream.node]
@@ -127,14 +140,27 @@ class Distribution:
             logger.warning("%s: refused: %s", context.peer(), error)
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
 
-    async def _serve(self, stream: Stream, hello: pb.Hello, token: str, context: Context) -> None:
-        """Until the agent hangs up, either side fails, its token ends, or the operator stops."""
-        tasks = [
-            asyncio.create_task(self._read(stream, context), name=f"read {stream.node}"),
-            asyncio.create_task(self._write(stream, hello, context), name=f"write {stream.node}"),
-            asyncio.create_task(self._review(stream.node, token), name=f"review {stream.node}"),
-            asyncio.create_task(self.closing.wait(), name=f"closing {stream.node}"),
-        ]
+    async def _serve_relay(self, node: str, token: str, context: Context) -> None:
+        """Another replica passes on what its agent says."""
+        await context.write(pb.Update(instance=self.revisions.instance).SerializeToString())
+        await self._serve(node, token, [self._read_relay(node, context)])
+
+    async def _read_relay(self, node: str, context: Context) -> None:
+        first = True
+        while (message := await _next(context)) is not None:
+            if node in self.streams:
+                # What it says itself counts; the other replica has not noticed that it left.
+                await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"{node} is connected here")
+            if message.WhichOneof("message") == "announcement":
+                self._announced(node, message.announcement, first)
+                first = False
+
+    async def _serve(
+        self, node: str, token: str, parts: Sequence[Coroutine[None, None, None]]
+    ) -> None:
+        """Until the other side hangs up, either fails, the token ends, or the operator stops."""
+        parts = [*parts, self._review(node, token), _wait(self.closing)]
+        tasks = [asyncio.create_task(part, name=f"stream of {node}") for part in parts]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -181,6 +207,7 @@ class Distribution:
             match message.WhichOneof("message"):
                 case "announcement":
                     self._announced(stream.node, message.announcement, first)
+                    stream.said.take(message.announcement)
                     first = False
                 case "acknowledgement":
                     stream.acknowledged = message.acknowledgement.revision
@@ -212,6 +239,10 @@ class Distribution:
             self.announcements.announce(node, endpoint.uid, addresses)
         for uid in announcement.removed_uids:
             self.announcements.announce(node, uid, None)
+
+
+async def _wait(event: asyncio.Event) -> None:
+    await event.wait()
 
 
 async def _next(context: Context) -> pb.AgentMessage | None:

@@ -80,9 +80,10 @@ class Endpoint:
 @dataclass(frozen=True, slots=True)
 class EndpointSlice:
     key: Key
-    service: str  # empty: of no Service that nodes serve
+    service: str  # empty: of none
     ports: tuple[Port, ...]
     endpoints: tuple[Endpoint, ...]
+    served: bool = True  # False: it is for DNS alone, or another proxy's
 
 
 Labels = tuple[tuple[str, str], ...]
@@ -180,8 +181,7 @@ def parse_slice(raw: wire.EndpointSlice) -> Parsed[EndpointSlice]:
     problems: list[Problem] = []
     labels = raw.metadata.labels or {}
     service = labels.get("kubernetes.io/service-name", "")
-    if PROXY_NAME in labels or HEADLESS in labels:
-        service = ""
+    served = bool(service) and PROXY_NAME not in labels and HEADLESS not in labels
     endpoints: list[Endpoint] = []
     with_addresses = raw.endpoints or []
     if raw.address_type == "FQDN":
@@ -211,7 +211,7 @@ def parse_slice(raw: wire.EndpointSlice) -> Parsed[EndpointSlice]:
     # A port without a number stands for all ports, which no Service can ask for.
     ports = _slice_ports([p for p in raw.ports or [] if p.port is not None], "ports", problems)
     key = key_of(raw.metadata)
-    return Parsed(EndpointSlice(key, service, ports, tuple(endpoints)), tuple(problems))
+    return Parsed(EndpointSlice(key, service, ports, tuple(endpoints), served), tuple(problems))
 
 
 def _hints(names: list[wire.Hint] | None) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ HELP = {
     "weir_operator_revision": ("gauge", "Revision of the resources, of this process alone."),
     "weir_operator_streams": ("gauge", "Agents connected."),
     "weir_operator_ready_nodes": ("gauge", "Agents connected that said that they are ready."),
+    "weir_operator_relays": ("gauge", "Agents' announcements passed on, by agent and replica."),
     "weir_operator_snapshots": ("gauge", "Snapshots sent on streams that are open."),
     "weir_operator_compile_seconds_total": ("counter", "Time spent compiling and encoding."),
     "weir_operator_compilations_total": ("counter", "Compilations."),

@@ -253,6 +253,12 @@ class Certificates:
         made |= {"metadata": metadata, "data": data}
         return made
 
+    def ca(self) -> bytes:
+        """PEM. Of the serving certificates of all replicas."""
+        if self.bundle is None:
+            raise RuntimeError("Certificates.start has not finished")
+        return self.bundle.ca_cert
+
     def server_credentials(self) -> grpc.ServerCredentials:
         """Asks for the current certificate at each handshake."""
         return grpc.dynamic_ssl_server_credentials(
