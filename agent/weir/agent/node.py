@@ -116,7 +116,10 @@ def observe(config: Config, named: Sequence[Addr]) -> NodeFacts:
 
 
 def converge_routes(wanted: Iterable[HostRoute], facts: NodeFacts) -> int:
-    """Host routes to other nodes' pods as they shall be. Returns how many were changed."""
+    """Host routes to other nodes' pods as they shall be. Returns how many were changed.
+
+    The overlay's device goes where there is none any more: with native routing it would keep its
+    port and, to programs of before, look alive."""
     with NodeNetlink() as netlink:
         indexes = {link.name: link.index for link in netlink.links()}
         device_of = _devices(netlink.global_addresses(), indexes, facts)
@@ -137,6 +140,8 @@ def converge_routes(wanted: Iterable[HostRoute], facts: NodeFacts) -> int:
         replaced = {route.destination for route in wanted}
         stale = present - keep
         changes += [links.delete_host_route(r) for r in stale if r.destination not in replaced]
+        if not facts.overlay_ifindex and links.OVERLAY in indexes:
+            changes.append(delete_link(links.OVERLAY))
         if changes:
             netlink.send(changes)
         return len(changes)

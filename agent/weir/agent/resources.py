@@ -87,8 +87,8 @@ class Slice:
     are hundreds of thousands of them; of one family, as Kubernetes has it. Other endpoints are of
     no use to anybody.
 
-    nodes: of the ready ones, then of those that drain. hints: of the ready ones, () if none has
-    any."""
+    nodes: of the ready ones, then of those that drain. hints: of the ready ones; () if one has
+    none, which makes a node ignore those of the others."""
 
     namespace: str
     service: str
@@ -351,13 +351,17 @@ def _optional_port(port: int) -> int:
 
 def _slice(message: weir_pb2.Slice) -> Slice:
     ports = tuple(ServicePort(p.name, p.protocol, _port(p.port, p.protocol)) for p in message.ports)
-    ready, ready_nodes, hints = [], [], []
+    ready, ready_nodes = [], []
     draining, draining_nodes = [], []
+    hints: list[Hints] = []
+    hinted = True
     for endpoint in message.endpoints:
         if endpoint.ready:
             ready.append(_addr(endpoint.address))
             ready_nodes.append(sys.intern(endpoint.node))
-            hints.append(_hints(tuple(endpoint.for_nodes), tuple(endpoint.for_zones)))
+            if hinted:
+                hints.append(_hints(tuple(endpoint.for_nodes), tuple(endpoint.for_zones)))
+                hinted = hints[-1] != NO_HINTS
         elif endpoint.serving and endpoint.terminating:
             draining.append(_addr(endpoint.address))
             draining_nodes.append(sys.intern(endpoint.node))
@@ -370,7 +374,7 @@ def _slice(message: weir_pb2.Slice) -> Slice:
         b"".join(ready),
         b"".join(draining),
         (*ready_nodes, *draining_nodes),
-        tuple(hints) if any(item != NO_HINTS for item in hints) else (),
+        tuple(hints) if hinted else (),
     )
 
 
