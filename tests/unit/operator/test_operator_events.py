@@ -153,6 +153,18 @@ META = {"name": "x", "namespace": "ns", "uid": "u", "resourceVersion": "3"}
             id="Service without ports",
         ),
         pytest.param(
+            "Service",
+            {
+                "clusterIP": "10.96.0.1",
+                "ports": [{"port": 80}],
+                "loadBalancerSourceRanges": ["10.0.0.0/8", "10.0.0.0/99"],
+            },
+            service_problems,
+            "spec.loadBalancerSourceRanges[1]: '10.0.0.0/99' is not a CIDR: "
+            "write it like 192.0.2.0/24 or 2001:db8::/64",
+            id="Service with a source range that does not parse",
+        ),
+        pytest.param(
             "NetworkPolicy",
             {"podSelector": {"matchExpressions": [{"key": "a", "operator": "Like"}]}},
             policy_problems,

@@ -24,8 +24,13 @@ NAMES = [
     *("containerPort", "podSelector", "matchLabels", "matchExpressions", "key", "operator"),
     *("values", "ingress", "egress", "from", "to", "ipBlock", "cidr", "except", "endPort"),
     *("policyTypes", "namespaceSelector", "kubernetes.io/service-name", "addressType"),
+    *("nodePort", "externalIPs", "loadBalancer", "ingress", "ipMode", "hostPort", "hostIP"),
+    *("loadBalancerSourceRanges", "sessionAffinity", "sessionAffinityConfig", "clientIP"),
+    *("timeoutSeconds", "externalTrafficPolicy", "internalTrafficPolicy", "healthCheckNodePort"),
+    *("hints", "forZones", "forNodes", "initContainers", "restartPolicy"),
 ]
 TEXTS = ["TCP", "10.0.0.1", "10.0.0.0/8", "::/0", "fd00::1%eth0", "None", "In", "Ingress", "", "\0"]
+TEXTS += ["LoadBalancer", "ClientIP", "Local", "VIP", "Always", "::ffff:10.0.0.1", "::/1", "-1"]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
     | st.sampled_from(TEXTS) | st.text(max_size=5),
