@@ -2,9 +2,9 @@
 """Destroys connected UDP sockets whose backend has gone.
 
 A socket that connect() sent to a backend names no address in its calls, so no hook sees it again:
-it would send into the void until its program gives up. SOCK_DESTROY (sock_diag) ends it with
-ECONNABORTED, and its program connects anew. Which sockets that are tells `sock_nat` by cookie, so a
-socket that chose the same address itself is never among them.
+it would send into the void until its program gives up. SOCK_DESTROY (sock_diag) ends it: recv()
+says ECONNABORTED, send() that there is no destination, and its program connects anew. Which sockets
+that are tells `sock_nat` by cookie, so a socket that chose the same address itself is never one.
 
 Numbers are those of <linux/sock_diag.h> and <linux/inet_diag.h>, which are ABI.
 """
