@@ -9,14 +9,18 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 from support.apiserver import FakeApi
 
-from weir.operator import handlers
+from weir.operator import handlers, kinds
 from weir.operator.api import Api
+from weir.operator.claims import Claims
+from weir.operator.compiler import Compiler
 from weir.operator.handlers import KopfThread, judge, policy_problems, service_problems
 from weir.operator.kubeconfig import Access
 from weir.operator.objects import Problem
+from weir.operator.services import Service
 from weir.operator.writes import EVENTS_AN_OBJECT, TAINT, Reference, Writer
 
 NODE = "/api/v1/nodes/n1"
@@ -195,6 +199,50 @@ def test_nothing_is_said_of_good_objects_or_of_what_has_no_name() -> None:
     for body in (good, {"metadata": 7}, {}):
         judge("v1", "Service", body, service_problems, lambda *report: told.append(report))
     assert not told
+
+
+async def test_replicas_tell_a_conflict_once_and_again_when_it_is_another() -> None:
+    fake = FakeApi()
+
+    def parsed(name: str, second: int, port: int) -> Service:
+        body = {
+            "metadata": {
+                "namespace": "ns",
+                "name": name,
+                "uid": f"uid-{name}",
+                "creationTimestamp": f"2030-01-01T00:00:0{second}Z",
+            },
+            "spec": {
+                "clusterIP": f"10.96.0.{second}",
+                "externalIPs": ["192.0.2.1"],
+                "ports": [{"port": port}],
+            },
+        }
+        value = kinds.SERVICE.read(msgspec.Raw(msgspec.json.encode(body))).value
+        assert value is not None
+        return value
+
+    async with writer(fake) as one, writer(fake) as two:
+        claims = [Claims(Compiler(), w.report) for w in (one, two)]
+
+        async def tell(*services: Service) -> list[dict[str, Any]]:
+            for replica in claims:
+                for service in services:
+                    replica.service(service.key, service)
+                replica.settle()
+            await until(lambda: not one.waiting and not two.waiting, lambda: fake.stored)
+            await asyncio.sleep(0.05)
+            return events(fake)
+
+        (event,) = await tell(parsed("younger", 2, 80), parsed("older", 1, 80))
+        assert event["involvedObject"]["name"] == "younger"
+        assert (event["involvedObject"]["kind"], event["involvedObject"]["uid"]) == (
+            "Service",
+            "uid-younger",
+        )
+        assert "80/TCP of 192.0.2.1 is Service ns/older's" in event["message"]
+        assert len(await tell(parsed("younger", 2, 81))) == 1
+        assert len(await tell(parsed("older", 1, 81))) == 2
 
 
 async def test_kopf_is_started_again_whatever_ended_it(monkeypatch: pytest.MonkeyPatch) -> None:
