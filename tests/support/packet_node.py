@@ -113,6 +113,7 @@ class World:
             self.ns.run("ip", "link", "add", name, "type", "veth", "peer", "name", f"{name}-peer")
             self.ns.run("ip", "link", "set", "dev", f"{name}-peer", "up")
             self.ns.run("ip", "link", "set", "dev", name, "up")
+        self.ns.run("ip", "link", "set", "dev", "ul", "address", GATEWAY_MAC)
         self.ns.run("sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
         for book, bits, gateway in (
             (BOOKS[4], "24", "192.0.2.254"),
@@ -121,6 +122,8 @@ class World:
             nodad = ["nodad"] if book.family == 6 else []
             self.ns.run("ip", "addr", "add", f"{book.node}/{bits}", "dev", "ul", *nodad)
             self.ns.run("ip", f"-{book.family}", "route", "add", "default", "via", gateway)
+            neighbour = [gateway, "lladdr", PEER_MAC, "dev", "ul"]
+            self.ns.run("ip", f"-{book.family}", "neigh", "add", *neighbour)
 
     def ifindex(self, name: str) -> int:
         return int(self.ns.run("ip", "-o", "link", "show", name).split(":")[0])

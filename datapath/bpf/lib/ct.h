@@ -142,24 +142,40 @@ static __always_inline int ct_create(const struct packet *packet, struct ct_entr
 	return bpf_map_update_elem(&ct, &packet->ct_key, entry, BPF_ANY) ? -DROP_CT_FULL : 0;
 }
 
-__subprogram int ct_open(struct __sk_buff *ctx, struct packet *packet, bool own_node)
+/* Records the packet's flow as allowed in this generation of policy, or as @unjudged. */
+static __always_inline int ct_record(const struct packet *packet, __u32 generation, bool unjudged)
 {
-	struct ct_entry entry = { .generation = policy_generation() };
-	int verdict = judge(packet, false);
+	struct ct_entry entry = {
+		.generation = generation,
+		.flags = unjudged ? CT_UNJUDGED : 0,
+	};
 
-	if (own_node)
-		verdict = JUDGED_OWN_NODE;
-	if (verdict < 0)
-		return verdict;
-	if (verdict == JUDGED_OWN_NODE)
-		entry.flags |= CT_UNJUDGED;
 	if (packet->service) {
 		entry.flags |= CT_REV_NAT;
 		entry.service = packet->service;
 		entry.nat_address = packet->vip;
 		entry.nat_port = packet->vip_port;
 	}
-	verdict = ct_create(packet, &entry);
+	return ct_create(packet, &entry);
+}
+
+/* The entry that is the flow's own: with the same ports to the VIP and to its backend, the
+ * service's flow takes the entry over. */
+static __always_inline struct ct_entry *ct_own(const struct packet *packet, struct ct_entry *entry)
+{
+	return entry && packet->service && !(entry->flags & CT_REV_NAT) ? NULL : entry;
+}
+
+__subprogram int ct_open(struct __sk_buff *ctx, struct packet *packet, bool own_node)
+{
+	__u32 generation = policy_generation();
+	int verdict = judge(packet, false);
+
+	if (own_node)
+		verdict = JUDGED_OWN_NODE;
+	if (verdict < 0)
+		return verdict;
+	verdict = ct_record(packet, generation, verdict == JUDGED_OWN_NODE);
 	if (!verdict && event_is_wanted(EVENT_ALLOW))
 		notify(ctx, packet, DROP_NONE, EVENT_ALLOW);
 	return verdict;
@@ -171,9 +187,7 @@ static __always_inline int ct_admit(struct __sk_buff *ctx, struct packet *packet
 {
 	__u32 generation = policy_generation();
 
-	/* Same ports to the VIP and to its backend: the service's flow takes the entry over. */
-	if (entry && packet->service && !(entry->flags & CT_REV_NAT))
-		entry = NULL;
+	entry = ct_own(packet, entry);
 	if (packet->quoted_l3_offset)
 		return entry || own_node ? 0 : -DROP_INVALID_CT;
 	if (!entry)

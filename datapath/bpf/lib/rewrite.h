@@ -180,6 +180,20 @@ static __always_inline void packet_remember(struct packet *packet)
 	packet->rewritten = 1;
 }
 
+/* One end of the flow, without the packet itself. */
+static __always_inline void packet_set_end(struct packet *packet, enum packet_end end,
+					   const struct ip_addr *address, __be16 port)
+{
+	packet_remember(packet);
+	if (end == END_SOURCE) {
+		packet->flow.source = *address;
+		packet->flow.source_port = port;
+	} else {
+		packet->flow.destination = *address;
+		packet->flow.destination_port = port;
+	}
+}
+
 /* Gives one end of the packet, and of the flow, another address and port. 0 or a reason. */
 __subprogram int rewrite(struct __sk_buff *ctx, struct packet *packet, enum packet_end end,
 			      const struct ip_addr *address, __be16 port)
@@ -209,14 +223,7 @@ __subprogram int rewrite(struct __sk_buff *ctx, struct packet *packet, enum pack
 	if (error)
 		return error;
 
-	packet_remember(packet);
-	if (end == END_SOURCE) {
-		packet->flow.source = *address;
-		packet->flow.source_port = port;
-	} else {
-		packet->flow.destination = *address;
-		packet->flow.destination_port = port;
-	}
+	packet_set_end(packet, end, address, port);
 	return 0;
 }
 

@@ -56,15 +56,21 @@ static __always_inline __u32 service_slot(const struct packet *packet,
 	return slot < service->count ? slot : slot_any(service);
 }
 
+/* What the packet asked for, before its destination is the backend. */
+static __always_inline void service_note(struct packet *packet, const struct ct_entry *chosen)
+{
+	packet->service = chosen->service;
+	packet->snat = !!(chosen->flags & CT_SNAT);
+	packet->vip = packet->flow.destination;
+	packet->vip_port = packet->flow.destination_port;
+}
+
 static __always_inline int service_redirect(struct __sk_buff *ctx, struct packet *packet,
 					    const struct ct_entry *chosen)
 {
 	struct ip_addr backend = chosen->nat_address;
 
-	packet->service = chosen->service;
-	packet->snat = !!(chosen->flags & CT_SNAT);
-	packet->vip = packet->flow.destination;
-	packet->vip_port = packet->flow.destination_port;
+	service_note(packet, chosen);
 	return rewrite(ctx, packet, END_DESTINATION, &backend, chosen->nat_port);
 }
 
@@ -80,7 +86,9 @@ static __always_inline bool service_is_current(const struct packet *packet)
 			    SCOPE_INTERNAL);
 }
 
-__subprogram int service_open(struct __sk_buff *ctx, struct packet *packet)
+/* Chooses the backend of a flow that is new here, and records it. 1; 0: it asks for no service;
+ * or a drop reason. */
+static __always_inline int service_choose(struct packet *packet, struct ct_entry *entry)
 {
 	const struct service *service = service_of(packet);
 	struct backend backend;
@@ -92,17 +100,22 @@ __subprogram int service_open(struct __sk_buff *ctx, struct packet *packet)
 
 	if (error)
 		return error;
-	struct ct_entry entry = {
-		.flags = CT_SERVICE,
-		.service = service->id,
-		.nat_address = backend.address,
-		.nat_port = backend.port,
-	};
-
+	entry->flags = CT_SERVICE;
+	entry->service = service->id;
+	entry->nat_address = backend.address;
+	entry->nat_port = backend.port;
 	if (backend_needs_snat(packet, &backend.address))
-		entry.flags |= CT_SNAT;
-	error = ct_create(packet, &entry);
-	return error ? error : service_redirect(ctx, packet, &entry);
+		entry->flags |= CT_SNAT;
+	error = ct_create(packet, entry);
+	return error ? error : 1;
+}
+
+__subprogram int service_open(struct __sk_buff *ctx, struct packet *packet)
+{
+	struct ct_entry entry = {};
+	int found = service_choose(packet, &entry);
+
+	return found > 0 ? service_redirect(ctx, packet, &entry) : found;
 }
 
 /* Sends what goes to a VIP to a backend; then the packet's flow is the one to judge, and

@@ -136,29 +136,31 @@ static __always_inline bool snat_leaves_cluster(const struct ip_addr *destinatio
 	return !is_node(destination);
 }
 
-/* Gives the packet the node's address as its source. 0 or a drop reason. */
-__subprogram int snat_masquerade(struct __sk_buff *ctx, struct packet *packet, bool closing)
+/* The address and port that the packet goes on with, its flow's own or new ones. 0 or a drop
+ * reason. */
+static __always_inline int snat_take(const struct packet *packet, bool closing,
+				     struct snat_entry *fresh)
 {
-	struct snat_entry fresh = { .expires = seconds_now() + snat_lifetime(packet, closing) };
 	struct snat_key key;
 
-	snat_node_address(packet, &fresh.address);
-	if (address_is_unset(&fresh.address) || !snat_has_ports(packet))
+	fresh->expires = seconds_now() + snat_lifetime(packet, closing);
+	snat_node_address(packet, &fresh->address);
+	if (address_is_unset(&fresh->address) || !snat_has_ports(packet))
 		return -DROP_SNAT_NO_PORT;
 	snat_forward_key(&packet->flow, &key);
 
 	struct snat_entry *entry = bpf_map_lookup_elem(&snat, &key);
 
-	if (entry && address_equal(&entry->address, &fresh.address)) {
-		fresh.port = entry->port;
+	if (entry && address_equal(&entry->address, &fresh->address)) {
+		fresh->port = entry->port;
 		if (!packet->quoted_l3_offset)
-			snat_refresh(entry, fresh.expires);
+			snat_refresh(entry, fresh->expires);
 		/* The reverse entry may have been evicted alone, or lapse unseen. */
 		struct snat_key reverse_key = {
 			.remote = key.remote,
-			.local = fresh.address,
+			.local = fresh->address,
 			.remote_port = key.remote_port,
-			.local_port = fresh.port,
+			.local_port = fresh->port,
 			.protocol = key.protocol,
 			.kind = SNAT_REVERSE,
 		};
@@ -166,35 +168,50 @@ __subprogram int snat_masquerade(struct __sk_buff *ctx, struct packet *packet, b
 
 		if (reverse && address_equal(&reverse->address, &key.local) &&
 		    reverse->port == key.local_port) {
-			snat_refresh(reverse, fresh.expires);
-			return rewrite(ctx, packet, END_SOURCE, &fresh.address, fresh.port);
+			snat_refresh(reverse, fresh->expires);
+			return 0;
 		}
 	}
 	if (packet->quoted_l3_offset)
 		return -DROP_INVALID_CT;
-	int error = snat_open(&key, &fresh);
+	return snat_open(&key, fresh);
+}
+
+/* Gives the packet the node's address as its source. 0 or a drop reason. */
+__subprogram int snat_masquerade(struct __sk_buff *ctx, struct packet *packet, bool closing)
+{
+	struct snat_entry fresh = {};
+	int error = snat_take(packet, closing, &fresh);
 
 	return error ? error : rewrite(ctx, packet, END_SOURCE, &fresh.address, fresh.port);
 }
 
-/* Gives a reply to the node's address its real receiver back. 1 if it was one, 0, or a drop
- * reason. */
-__subprogram int snat_reply(struct __sk_buff *ctx, struct packet *packet)
+/* Who a reply to the node's address is really for. NULL: it is no such reply. */
+static __always_inline const struct snat_entry *snat_receiver(const struct packet *packet)
 {
 	__u16 port = bpf_ntohs(packet->flow.destination_port);
 	struct ip_addr node;
 	struct snat_key key;
 
 	if (port < snat_port_first || port > snat_port_last)
-		return 0;
+		return NULL;
 	snat_node_address(packet, &node);
 	if (!address_equal(&packet->flow.destination, &node))
-		return 0;
+		return NULL;
 	snat_reverse_key(&packet->flow, &key);
 
-	struct snat_entry *entry = bpf_map_lookup_elem(&snat, &key);
+	const struct snat_entry *entry = bpf_map_lookup_elem(&snat, &key);
 
-	if (!entry || entry->expires < seconds_now())
+	return entry && entry->expires >= seconds_now() ? entry : NULL;
+}
+
+/* Gives a reply to the node's address its real receiver back. 1 if it was one, 0, or a drop
+ * reason. */
+__subprogram int snat_reply(struct __sk_buff *ctx, struct packet *packet)
+{
+	const struct snat_entry *entry = snat_receiver(packet);
+
+	if (!entry)
 		return 0;
 	struct ip_addr pod = entry->address;
 	__be16 pod_port = entry->port;
