@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,17 @@ from support.namespaces import NetNs
 
 from weir.api.address import parse
 from weir.datapath.datapath import Datapath
-from weir.datapath.records import Backend, BackendKey, Service, ServiceKey, SockNatKey
+from weir.datapath.records import (
+    AffinityKey,
+    Backend,
+    BackendKey,
+    NetnsAddresses,
+    Service,
+    ServiceFlag,
+    ServiceKey,
+    SockNatKey,
+    SourceRangeKey,
+)
 from weir.datapath.settings import Settings
 
 pytestmark = pytest.mark.core
@@ -42,6 +53,7 @@ def udp_server(port):
     threading.Thread(target=serve, daemon=True).start()
 def tcp_server(port):
     s = socket.socket(server_family)
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     s.bind((local.removeprefix("::ffff:"), port)); s.listen()
     def serve():
         while True:
@@ -240,3 +252,108 @@ def test_rows(box: Box) -> None:
     [(key, value)] = box.datapath.tables.sock_nat.items()
     assert key == SockNatKey(key.cookie, parse("127.0.0.1"), 8080, socket.IPPROTO_TCP)
     assert (value.address, value.port, value.service) == (parse(VIP["4"]), 80, 1)
+
+
+CONNECT = """
+for _ in range(8):
+    s = client(socket.SOCK_STREAM)
+    try:
+        s.connect((vip, 80)); print(s.recv(9).decode())
+    except OSError as error:
+        print(errno.errorcode[error.errno])
+"""
+ADDRESS = {"4": "10.0.1.2", "6": "fd00:1::2", "mapped": "10.0.1.2"}
+PORTS = range(8000, 8010)
+SO_NETNS_COOKIE = 71
+
+
+def cookie_of(ns: NetNs) -> int:
+    with ns.entered(), socket.socket() as made:
+        try:
+            found = made.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
+        except OSError:
+            pytest.skip("this kernel does not tell a namespace's cookie (before 5.14)")
+    return int.from_bytes(found, sys.byteorder)
+
+
+def serve_and(script: str) -> str:
+    return f"for port in {PORTS}: tcp_server(port)\n{script}"
+
+
+def choosy(box: Box, family: str, flags: int = 0, affinity_seconds: int = 0) -> None:
+    """A service of ten backends whose choice depends on the client."""
+    box.service(family, "tcp", 80, *PORTS)
+    [(key, row)] = box.datapath.tables.services.items()
+    changed = replace(row, flags=flags, affinity_seconds=affinity_seconds, identity=5)
+    box.datapath.tables.services.update({key: changed})
+
+
+def is_pod(box: Box) -> None:
+    addresses = NetnsAddresses(parse(ADDRESS["4"]), parse(ADDRESS["6"]))
+    box.datapath.tables.netns_addresses.update({cookie_of(box.ns): addresses})
+
+
+@FAMILIES
+def test_affinity(box: Box, family: str) -> None:
+    """By the pod's address, which packets know it by too."""
+    choosy(box, family, affinity_seconds=100)
+    is_pod(box)
+    assert len(set(box.run(family, serve_and(CONNECT)))) == 1
+    [(key, value)] = box.datapath.tables.affinity.items()
+    assert key == AffinityKey(5, parse(ADDRESS[family]))
+    chosen = replace(value, port=8003)
+    box.datapath.tables.affinity.update({key: chosen})
+    assert set(box.run(family, serve_and(CONNECT))) == {"8003"}
+
+
+@FAMILIES
+def test_source_ranges(box: Box, family: str) -> None:
+    """What is not allowed goes out as it is, to be dropped with a reason."""
+    choosy(box, family, flags=ServiceFlag.SOURCE_RANGES)
+    is_pod(box)
+    assert set(box.run(family, serve_and(CONNECT))) == {"ENETUNREACH"}
+    box.datapath.tables.source_ranges.update({SourceRangeKey(160, 5, parse(ADDRESS[family])): 1})
+    assert "ENETUNREACH" not in box.run(family, serve_and(CONNECT))
+
+
+@FAMILIES
+def test_unknown_clients_are_left_to_the_packets(box: Box, family: str) -> None:
+    choosy(box, family, affinity_seconds=100)
+    assert set(box.run(family, serve_and(CONNECT))) == {"ENETUNREACH"}
+
+
+NODE = {"4": "192.0.2.1", "6": "2001:db8::1"}
+
+
+@pytest.mark.parametrize("family", ["4", "6"])
+def test_node_ports_on_the_loopback_address(
+    box: Box, installed: tuple[Datapath, Path], family: str
+) -> None:
+    """For the host's own processes: there it is one more of the node's addresses."""
+    datapath, cgroup = installed
+    chosen = Settings(
+        node_ipv4=parse(NODE["4"]), node_ipv6=parse(NODE["6"]), host_netns_cookie=cookie_of(box.ns)
+    )
+    script = """
+    tcp_server(8080)
+    s = client(socket.SOCK_STREAM)
+    try:
+        s.connect((local, 30080)); print(s.recv(9).decode(), *s.getpeername()[:2])
+    except OSError as error:
+        print(errno.errorcode[error.errno])
+    """
+    with place() as (root, other):
+        host = Datapath.open(root, other, chosen, SMALL)
+        try:
+            for one, group in ((host, other), (datapath, cgroup)):
+                here = Box(one, group, box.ns)
+                one.tables.backends.update({BackendKey(1, 0): Backend(parse(LOCAL[family]), 8080)})
+                key = ServiceKey(parse(NODE[family]), 30080, PROTO["tcp"], 0)
+                one.tables.services.update({key: Service(1, 1, 0, 0)})
+                seen = here.run(family, script)
+                assert seen == ([
+                    "8080", LOCAL[family], "30080"] if one is host else ["ECONNREFUSED"]
+                )  # fmt: skip
+        finally:
+            host.close()
+            Datapath.remove(root)
