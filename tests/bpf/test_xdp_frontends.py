@@ -51,6 +51,7 @@ def native(datapaths: Datapaths, settings: Settings, world: World, net: Book) ->
 
 NUMBER = {"tcp": 6, "udp": 17}
 PROTOCOLS = pytest.mark.parametrize("proto", ["tcp", "udp"])
+SENDS = pytest.mark.xdp_sends
 SIZES = pytest.mark.parametrize("size", [0, 1, 2, 777, 1400])
 
 
@@ -76,6 +77,7 @@ def on_wire(layers: Packet) -> bytes:
     return bytes(Ether(src=PEER_MAC, dst=GATEWAY_MAC) / layers)
 
 
+@SENDS
 @SIZES
 @PROTOCOLS
 def test_xdp_sends_there_and_back(native: XdpNode, net: Book, proto: str, size: int) -> None:
@@ -98,6 +100,7 @@ def test_xdp_sends_there_and_back(native: XdpNode, net: Book, proto: str, size: 
     assert sum(forwarded) >= 4
 
 
+@SENDS
 def test_checksum_of_zero(native: XdpNode) -> None:
     """IPv4's UDP may go without: then it stays so. One that comes out as zero is all ones."""
     net = native.book
@@ -123,6 +126,7 @@ def test_checksum_of_zero(native: XdpNode) -> None:
     assert_packet(out.packet, on_wire(there / UDP(sport=port, dport=8080) / Raw(word)))
 
 
+@SENDS
 @PROTOCOLS
 def test_entries_are_those_of_tc(
     native: XdpNode, datapaths: Datapaths, settings: Settings, world: World, net: Book, proto: str
@@ -200,6 +204,7 @@ def test_tagged_frames_are_tcs(native: XdpNode, net: Book) -> None:
     assert native.flows() == {}
 
 
+@SENDS
 def test_a_listener_for_new_flows_hears_of_them(native: XdpNode, net: Book) -> None:
     """New flows are tc's while somebody listens: it tells of them. Established ones are XDP's."""
     native.service(17, 80, (net.r, 8080))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads every program of every object with all settings on and all off: `... OUTPUT`.
+"""Loads every program of every object with all settings on, all off, and native: `... OUTPUT`.
 
-The verifier prunes what a constant rules out, so these two ends together show it all the code.
+The verifier prunes what a constant rules out, so these ends together show it all the code.
 Each object is loaded by itself: one refusal does not hide the next. Maps are small and nothing
 is pinned or attached. Settings come from the dataclass, so that a new one needs no line here.
 """
@@ -79,7 +79,10 @@ def load_all(chosen: Settings, name: str) -> list[Load]:
 
 
 def main(output: Path) -> int:
-    loads = load_all(all_on(features.probe()), "on") + load_all(all_off(), "off")
+    everything = all_on(features.probe())
+    loads = load_all(everything, "on") + load_all(all_off(), "off")
+    # With an overlay XDP leaves Services to tc.
+    loads += load_all(dataclasses.replace(everything, tunnel=False), "native")
     output.write_text(json.dumps([dataclasses.asdict(load) for load in loads]))
     for load in loads:
         print(f"{load.program} {load.settings}: {load.error or load.instructions}", flush=True)

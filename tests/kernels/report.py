@@ -101,9 +101,9 @@ def table(outcomes: Sequence[Outcome], budget: Mapping[str, int]) -> str:
     found = {(o.release, x.program, x.settings): x for o in outcomes for x in o.loads}
     columns = [o.release.removesuffix("-amd64") for o in outcomes]
     width = max(len(name) for name in [*columns, "refused"])
-    lines = ["verified instructions of each program, with all settings on and off"]
+    lines = ["verified instructions of each program, with all settings on, off, and native"]
     heads = "  ".join(f"{name:>{width}}" for name in columns)
-    lines.append(f"{'program':<20} {'set':<4} {heads}  {'budget':>8}")
+    lines.append(f"{'program':<20} {'set':<6} {heads}  {'budget':>8}")
     for program, settings in rows:
         cells = []
         for outcome in outcomes:
@@ -111,7 +111,7 @@ def table(outcomes: Sequence[Outcome], budget: Mapping[str, int]) -> str:
             text = "-" if load is None else "refused" if load.error else count(load)
             cells.append(f"{text:>{width}}")
         limit = budget.get(program, "none")
-        lines.append(f"{program:<20} {settings:<4} {'  '.join(cells)}  {limit:>8}")
+        lines.append(f"{program:<20} {settings:<6} {'  '.join(cells)}  {limit:>8}")
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ are real; packets only pass through BPF_PROG_TEST_RUN.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,9 @@ from weir.datapath.records import (
     Verdict,
 )
 
+KERNEL = tuple(map(int, os.uname().release.split(".")[:2]))
+# The first whose test run of XDP takes the interface by which a packet came.
+XDP_INGRESS_KERNEL = (5, 15)
 GATEWAY_MAC = "02:00:00:00:00:01"
 PEER_MAC = "02:00:00:00:00:02"
 POD_MACS = {"a": "02:00:00:00:01:0a", "b": "02:00:00:00:01:0b"}
@@ -237,11 +241,13 @@ class Node:
         return Outcome(code, result.packet, drops, result.duration_ns)
 
     def run_xdp(self, device: str, packet: Packet | bytes, repeat: int = 1) -> Outcome:
-        """One run of the uplink's XDP program on a packet that came in by `device`."""
+        """One run of the uplink's XDP program on a packet that came in by `device` (by the
+        loopback before XDP_INGRESS_KERNEL)."""
+        ifindex = self.index[device] if KERNEL >= XDP_INGRESS_KERNEL else 0
         before = self.drops()
         with self.world.ns.entered():
             result = libbpf.run_xdp(
-                self.datapath.programs["xdp_uplink"], bytes(packet), ifindex=self.index[device],
+                self.datapath.programs["xdp_uplink"], bytes(packet), ifindex=ifindex,
                 repeat=repeat,
             )  # fmt: skip
         changed = {k: v - before.get(k, 0) for k, v in self.drops().items()}
