@@ -10,6 +10,7 @@ pod c ─┤ node1 ── eth0 ── br0 ── eth0 ── node2
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from support.agents import (
 from support.datapaths import place
 from support.namespaces import NetNs
 from support.operators import ScriptedOperator
+from support.timing import SCALE
 from support.traffic import Echo, connects, deny_all, eventually
 
 from weir.api.v1 import weir_pb2 as pb
@@ -34,6 +36,7 @@ from weir.api.v1 import weir_pb2 as pb
 ADDRESSES = {1: ["192.0.2.1", "2001:db8::1"], 2: ["192.0.2.2", "2001:db8::2"]}
 CIDRS = {n: [f"10.244.{n}.0/24", f"fd00:244:{n}::/64"] for n in (1, 2)}
 CLASSES = {"a": 1, "b": 2, "c": 3}
+SO_RCVBUFFORCE = 33
 HOMES = {"a": 1, "c": 1, "b": 2}
 
 
@@ -115,6 +118,61 @@ def test_pods_of_two_nodes_reach_each_other_as_policy_says(tmp_path: Path, routi
         route = made.nodes[1].node.run("ip", "route", "get", made.addresses["b"][0])
         assert ("dev weir_vxlan" in route) == (routing == "vxlan"), route
         assert ("via 192.0.2.2" in route) == (routing == "native"), route
+
+
+def echoed(source: NetNs, address: str, port: int, size: int) -> int:
+    """Bytes that came back of as many sent."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with source.entered():
+        client = socket.socket(family, socket.SOCK_STREAM)
+    client.settimeout(10 * SCALE)
+    with client:
+        client.connect((address, port))
+        sending = threading.Thread(target=client.sendall, args=(bytes(size),))
+        sending.start()
+        got = 0
+        while got < size and (data := client.recv(1 << 16)):
+            got += len(data)
+        sending.join()
+    return got
+
+
+def bare_packets(sniffer: socket.socket, addresses: list[str]) -> int:
+    """Captured packets that are of or to an address, with nothing around them."""
+    found = 0
+    wanted = [
+        socket.inet_pton(socket.AF_INET6 if ":" in a else socket.AF_INET, a) for a in addresses
+    ]
+    try:
+        while frame := sniffer.recv(1 << 16):
+            ends = (frame[26:30], frame[30:34], frame[22:38], frame[38:54])
+            found += any(addr in ends for addr in wanted)
+    except BlockingIOError:
+        return found
+    return found
+
+
+@pytest.mark.parametrize("routing", ["vxlan", "native"])
+def test_pods_and_other_nodes_reach_each_other(tmp_path: Path, routing: str) -> None:
+    """Both ways, with more than a packet holds; through the overlay where there is one, so that
+    nothing from the uplink need be believed to be a pod."""
+    with cluster(tmp_path, routing) as made, ExitStack() as stack:
+        node, pod = made.nodes[2].node, made.pods["a"]
+        stack.callback(Echo(node, 8081).close)
+        stack.callback(Echo(pod, 8082).close)
+        with made.nodes[1].node.entered():
+            sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+            sniffer.bind(("eth0", 3))
+        stack.callback(sniffer.close)
+        sniffer.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 16 << 20)
+        sniffer.setblocking(False)
+        size = 1 << 20
+        for address in ADDRESSES[2]:
+            assert echoed(pod, address, 8081, size) == size, made.logs
+        for address in made.addresses["a"]:
+            assert echoed(node, address, 8082, size) == size, made.logs
+        bare = bare_packets(sniffer, made.addresses["a"])
+        assert bool(bare) == (routing == "native"), f"{bare} packets of the pod as they were"
 
 
 def source_seen_outside(made: Cluster, pod: NetNs) -> str:

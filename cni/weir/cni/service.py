@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from weir.cni import protocol
-from weir.cni.endpoint import EndpointHost, EndpointStore, host_ifname
+from weir.cni.endpoint import EndpointHost, EndpointStore, LocalEndpoint, host_ifname
 from weir.cni.errors import CniError, Code, JournalError, NotReady
 from weir.cni.ipam import Key, Pool
 from weir.cni.protocol import CniReply, CniRequest, Command
@@ -96,6 +96,7 @@ class CniService:
             link = links.get(endpoint.host_ifname)
             if link is not None and link.index == endpoint.ifindex and link.up:
                 await self._ipam.claim(endpoint.container_id, endpoint.ifname, endpoint.addresses)
+                await self._learn_cookie(endpoint)
                 del links[endpoint.host_ifname]
                 continue
             logger.info("%s: %s is gone, releasing it", endpoint.pod, endpoint.host_ifname)
@@ -111,6 +112,12 @@ class CniService:
         found = Reconciled(len(self._store.endpoints), endpoints_gone, leases_gone, links_removed)
         logger.info("pods on this node: %s", found)
         return found
+
+    async def _learn_cookie(self, endpoint: LocalEndpoint) -> None:
+        """Of a pod that was wired by a version which did not ask for it."""
+        cookie = endpoint.netns_cookie or await self._wiring.netns_cookie(endpoint.netns)
+        if cookie != endpoint.netns_cookie:
+            await self._store.put(dataclasses.replace(endpoint, netns_cookie=cookie))
 
     async def handle(self, request: CniRequest) -> CniReply:
         """The answer to a request; every failure becomes a CNI error here."""

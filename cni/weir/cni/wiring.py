@@ -83,6 +83,10 @@ class Wiring:
         """Deletes the pair by its host end, and with it all addresses and routes. Idempotent."""
         await self._finish(self._removal.submit(remove, ifname))
 
+    async def netns_cookie(self, netns: str) -> int:
+        """0 if the kernel does not tell, or the namespace is gone."""
+        return await self._run(cookie_of, netns)
+
     async def host_links(self) -> dict[str, Link]:
         """The host ends that exist, by name."""
         return await self._run(host_links)
@@ -222,6 +226,18 @@ def bring_up(endpoint: LocalEndpoint) -> None:
                 *(netlink.add_route(index, Route(a, 128, None, index)) for a in endpoint.addresses),
             ]
         )
+
+
+def cookie_of(netns: str) -> int:
+    try:
+        fd = open_netns(netns)
+    except NetnsGone:
+        return 0
+    try:
+        with inside(fd):
+            return netns_cookie()
+    finally:
+        os.close(fd)
 
 
 def remove(ifname: str) -> None:
