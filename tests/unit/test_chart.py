@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 from support.tools import tool
 
 from weir.agent import config as agent_config
 from weir.operator import config as operator_config
-from weir.operator.kinds import BLOCK_LIST
+from weir.operator import pools
+from weir.operator.kinds import BLOCK_LIST, LOAD_BALANCER_POOL
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "weir"
@@ -346,3 +348,36 @@ def test_the_operator_may_read_and_mark_blocklists() -> None:
         ("blocklists", "watch"),
         ("blocklists/status", "patch"),
     } <= allowed
+
+
+def test_the_operator_may_give_addresses() -> None:
+    manifests = render()
+    crd = manifests["CustomResourceDefinition", "loadbalancerpools.weir.dev"]
+    assert crd["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    [version] = crd["spec"]["versions"]
+    assert LOAD_BALANCER_POOL.path == f"/apis/weir.dev/{version['name']}/loadbalancerpools"
+    fields = version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
+    assert fields["serviceSelector"]["properties"].keys() == {"matchLabels", "matchExpressions"}
+    read = msgspec.structs.fields(pools.Spec)
+    assert fields.keys() == {field.encode_name for field in read}
+    allowed = {
+        (resource, verb)
+        for rule in manifests["ClusterRole", "weir-operator"]["rules"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert {
+        ("loadbalancerpools", "list"),
+        ("loadbalancerpools", "watch"),
+        ("loadbalancerpools/status", "patch"),
+        ("servicecidrs", "list"),
+        ("servicecidrs", "watch"),
+        ("services/status", "patch"),
+    } <= allowed
+
+
+def test_which_services_get_addresses() -> None:
+    settings = ('loadBalancer.class="example.org/lb"', "loadBalancer.withoutClass=false")
+    made = config(render(*settings), "weir-operator")
+    assert (made["loadBalancerClass"], made["classlessLoadBalancers"]) == ("example.org/lb", False)
+    assert template('loadBalancer.class="no class"').returncode

@@ -65,7 +65,38 @@ healthListen: 127.0.0.1:{{ .Values.operator.healthPort }}
 {{- if .Values.operator.metricsPort }}
 metricsListen: "[::]:{{ .Values.operator.metricsPort }}"
 {{- end }}
+loadBalancerClass: {{ .Values.loadBalancer.class | quote }}
+classlessLoadBalancers: {{ .Values.loadBalancer.withoutClass }}
 logLevel: {{ .Values.logLevel }}
+{{- end }}
+
+{{/* Schema of a label selector, as Kubernetes has it, with what it selects. */}}
+{{- define "weir.labelSelectorSchema" -}}
+type: object
+description: Which {{ . }} get addresses from here; all, if it is not there.
+x-kubernetes-map-type: atomic
+properties:
+  matchLabels:
+    type: object
+    additionalProperties:
+      type: string
+  matchExpressions:
+    type: array
+    x-kubernetes-list-type: atomic
+    items:
+      type: object
+      required: [key, operator]
+      properties:
+        key:
+          type: string
+        operator:
+          type: string
+          enum: [In, NotIn, Exists, DoesNotExist]
+        values:
+          type: array
+          x-kubernetes-list-type: atomic
+          items:
+            type: string
 {{- end }}
 
 {{/* Who and where a pod is. */}}

@@ -19,6 +19,7 @@ import grpc.aio
 
 from weir.operator import kinds, kubeconfig
 from weir.operator.api import Api
+from weir.operator.assignments import Assignments
 from weir.operator.auth import Authenticator
 from weir.operator.conditions import Conditions
 from weir.operator.config import Config
@@ -32,6 +33,7 @@ from weir.operator.relay import PeerWatch, Relay
 from weir.operator.revisions import Revisions
 from weir.operator.servers import ServerWatch
 from weir.operator.status import Sample, StatusServer
+from weir.operator.surroundings import Surroundings
 from weir.operator.tls import Certificates
 from weir.operator.writes import Reference, Writer
 
@@ -65,6 +67,7 @@ class App:
     _distribution: Distribution | None = None
     _writer: Writer | None = None
     _leader: Leader | None = None
+    _assignments: Assignments | None = None
     _leading: asyncio.Event = field(default_factory=asyncio.Event)
     _following: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -88,8 +91,19 @@ class App:
         self._writer = writer = Writer(api, self.config.pod_name)
         self._leader = leader = Leader(api, self.config.namespace, self.config.pod_name, self._lead)
         consumer = PeerWatch(ServerWatch(model, api.learn), self.config.namespace, relay)
+        surroundings = Surroundings(consumer)
+        assignments = self._assignments = Assignments(
+            api,
+            surroundings,
+            self._report,
+            self._leading,
+            self._following,
+            self.config.load_balancer_class,
+            self.config.classless_load_balancers,
+            self.timing,
+        )
         self._reflectors = [
-            Reflector(api, kind, consumer, self.timing)
+            Reflector(api, kind, surroundings, self.timing)
             for kind in (
                 kinds.NAMESPACE,
                 kinds.NODE,
@@ -98,6 +112,7 @@ class App:
                 kinds.SLICE,
                 kinds.POLICY,
                 kinds.BLOCK_LIST,
+                kinds.LOAD_BALANCER_POOL,
             )
         ]
         status = StatusServer(self._not_ready, self._samples)
@@ -113,6 +128,7 @@ class App:
                 tasks.append(group.create_task(writer.run(), name="writer"))
                 tasks.append(group.create_task(leader.run(), name="leader"))
                 tasks.append(group.create_task(conditions.run(api), name="conditions"))
+                tasks.append(group.create_task(assignments.run(), name="assignments"))
                 tasks.append(group.create_task(self._handle_nodes(api), name="nodes"))
                 tasks.append(group.create_task(self._handle_problems(api), name="problems"))
                 await self.stop.wait()
@@ -243,3 +259,17 @@ class App:
         bad = self._model.blocklists.with_problems
         yield Sample("weir_operator_block_list_conflicts", bad)
         yield Sample("weir_operator_leader", bool(self._leader and self._leader.leading))
+        yield Sample("weir_operator_announced_addresses", len(self._model.announcer.announced))
+        if self._assignments is not None:
+            yield from _pool_samples(self._assignments)
+
+
+def _pool_samples(assignments: Assignments) -> Iterable[Sample]:
+    """The leader's."""
+    counts = assignments.counts.items()
+    for at, family in enumerate(("ipv4", "ipv6")):
+        for what in ("used", "free"):
+            for key, pair in counts:
+                value = pair[at].used if what == "used" else pair[at].free
+                yield Sample(f"weir_operator_pool_{family}_{what}", value, ("pool", key.name))
+    yield Sample("weir_operator_load_balancers_waiting", assignments.waiting)

@@ -29,7 +29,6 @@ FAMILIES = {"IPv4": True, "IPv6": False}
 
 class Meta(wire.Meta):
     annotations: dict[str, str] | None = None
-    deletion_timestamp: str | None = None
 
 
 class Port(wire.Struct):
@@ -123,7 +122,7 @@ def parse_balancer(raw: WireBalancer, our_class: str, classless: bool) -> Parsed
     meta, spec = raw.metadata, raw.spec
     named = spec.load_balancer_class or ""
     ours = named == our_class if named else classless
-    if spec.type != "LoadBalancer" or not ours or meta.deletion_timestamp:
+    if spec.type != "LoadBalancer" or not ours:
         return Parsed(None)
     problems: list[Problem] = []
     annotations = meta.annotations or {}

@@ -30,6 +30,8 @@ class Config:
     health_listen: /healthz, /readyz and /metrics; local by default, as it is without TLS.
     metrics_listen: /metrics alone, for a Prometheus; empty: nowhere but at health_listen.
     batch_milliseconds: shortest time between two revisions; bursts within it become one.
+    load_balancer_class: of the Services of type LoadBalancer that get addresses from pools.
+    classless_load_balancers: those without a class do too.
     """
 
     namespace: str
@@ -41,6 +43,8 @@ class Config:
     health_listen: str = "127.0.0.1:9881"
     metrics_listen: str = ""
     batch_milliseconds: int = 5
+    load_balancer_class: str = "weir.dev/load-balancer"
+    classless_load_balancers: bool = True
     log_level: str = "info"
 
 
@@ -78,6 +82,8 @@ class _Reader:
             health_listen=self._listen("healthListen", "127.0.0.1:9881"),
             metrics_listen=self._listen("metricsListen", ""),
             batch_milliseconds=self._number("batchMilliseconds", 5, 0, 1000),
+            load_balancer_class=self._text("loadBalancerClass", "weir.dev/load-balancer"),
+            classless_load_balancers=self._flag("classlessLoadBalancers", True),
             log_level=self._one_of("logLevel", "info", LOG_LEVELS),
         )
         self._bad += [f"{name}: no such setting" for name in self._left]
@@ -106,6 +112,15 @@ class _Reader:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             self._bad.append(f"{name}: {value!r} is not a number from {low} to {high}")
+            return default
+        return value
+
+    def _flag(self, name: str, default: bool) -> bool:
+        value = self._left.pop(name, None)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self._bad.append(f"{name}: {value!r} is neither true nor false")
             return default
         return value
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import msgspec
 
-from weir.operator import blocklists, objects, policy, services, wire
+from weir.operator import blocklists, objects, policy, pools, services, wire
 from weir.operator.objects import Parsed
 from weir.operator.reflector import Kind, Reader
 
@@ -42,4 +42,7 @@ BLOCK_LIST = Kind(
     blocklists.PATH,
     reader(blocklists.WireBlockList, blocklists.parse_blocklist),
     optional=True,
+)
+LOAD_BALANCER_POOL = Kind(
+    pools.KIND, pools.PATH, reader(pools.WirePool, pools.parse_pool), optional=True
 )

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weir.api.address import Addr
+from weir.operator.announcer import Announcer
 from weir.operator.blocklists import BlockLists
 from weir.operator.claims import Claims, Tell
 from weir.operator.compiler import Compiler
@@ -29,7 +30,10 @@ from weir.operator.writes import Reference
 logger = logging.getLogger(__name__)
 
 # In the order of the first compilation.
-ORDER = ("Namespace", "NetworkPolicy", "Node", "Pod", "Service", "EndpointSlice", "BlockList")
+ORDER = (
+    *("Namespace", "NetworkPolicy", "Node", "Pod", "Service", "EndpointSlice"),
+    *("BlockList", "LoadBalancerPool"),
+)
 PROBLEMS_LOGGED = 5  # of one object at a time
 YIELD_EVERY = 500  # objects of the first compilation between turns for others
 
@@ -45,6 +49,7 @@ class Model:
     compiler: Compiler = field(default_factory=Compiler)
     claims: Claims = field(init=False)
     blocklists: BlockLists = field(init=False)
+    announcer: Announcer = field(default_factory=Announcer)
     conditions: Conditions = field(default_factory=lambda: Conditions(asyncio.Event()))
     compile_seconds: float = 0.0
     compilations: int = 0
@@ -137,15 +142,20 @@ class Model:
             case "Node":
                 self.claims.node(key, new)
                 self.blocklists.node(key, new)
+                self.announcer.node(key, new)
             case "Pod":
                 self.claims.pod(key, new)
             case "Service":
                 self.claims.service(key, new)
+                self.announcer.service(key, new)
             case "EndpointSlice":
                 self.compiler.slice(key, new)
                 self.blocklists.slice(key, new)
+                self.announcer.slice(key, new)
             case "BlockList":
                 self.blocklists.change(key, new)
+            case "LoadBalancerPool":
+                self.announcer.pool(key, new)
         self.compile_seconds += time.perf_counter() - started
 
     def _conflict(self, about: Reference, problems: tuple[Problem, ...]) -> None:
@@ -156,7 +166,7 @@ class Model:
         self._changed.clear()
         started = time.perf_counter()
         self.claims.settle()
-        changes = self.compiler.flush() + self.blocklists.settle()
+        changes = self.compiler.flush() + self.blocklists.settle() + self.announcer.settle()
         news = self.revisions.publish(changes, always)
         self.compile_seconds += time.perf_counter() - started
         self.compilations += 1

@@ -22,6 +22,9 @@ PROTOCOL_NAMES = {number: name for name, number in PROTOCOLS.items()}
 PROXY_NAME = "service.kubernetes.io/service-proxy-name"
 HEADLESS = "service.kubernetes.io/headless"
 ZONE = "topology.kubernetes.io/zone"
+# With any value: a node that no load balancer sends to.
+EXCLUDED = "node.kubernetes.io/exclude-from-external-load-balancers"
+OS = "kubernetes.io/os"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,8 @@ class Node:
     created: str = ""  # as a pod's
     uid: str = ""
     zone: str = ""
+    ready: bool = True  # what its Ready condition says
+    balances: bool = True  # False: load balancers are to leave it out
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,13 +240,18 @@ def parse_node(raw: wire.Node) -> Parsed[Node]:
         except ValueError as error:
             problems.append(Problem("spec.podCIDRs", str(error)))
     meta = raw.metadata
+    labels = meta.labels or {}
+    conditions = (raw.status.conditions if raw.status else None) or []
     node = Node(
         key_of(meta),
         addresses,
         tuple(cidrs),
         created=meta.creation_timestamp or "",
         uid=meta.uid,
-        zone=(meta.labels or {}).get(ZONE, ""),
+        zone=labels.get(ZONE, ""),
+        ready=any(c.type == "Ready" and c.status == "True" for c in conditions),
+        # Another system's nodes have no agent.
+        balances=EXCLUDED not in labels and labels.get(OS, "linux") == "linux",
     )
     return Parsed(node, tuple(problems))
 

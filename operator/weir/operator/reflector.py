@@ -49,13 +49,15 @@ class Timing:
 @dataclass(frozen=True, slots=True)
 class Kind(Generic[T]):
     """A kind of object: where to list it, how to read one, and what stands in for one that
-    cannot be read (None: nothing does). optional: a cluster need not have the kind."""
+    cannot be read (None: nothing does). optional: a cluster need not have the kind. fields: a
+    field selector; what it does not select is not there."""
 
     name: str
     path: str
     read: Reader[T]
     unreadable: Callable[[Key], T | None] = lambda _key: None
     optional: bool = False
+    fields: str = ""
 
 
 class Consumer(Protocol):
@@ -134,7 +136,7 @@ class Reflector(Generic[T]):
         self.lists += 1
         self._barren = 0
         found: set[Key] = set()
-        query = {"limit": str(self.timing.page)}
+        query = {"limit": str(self.timing.page)} | self._selector()
         while True:
             page = await self._page(query)
             for raw in page.items or []:
@@ -157,6 +159,9 @@ class Reflector(Generic[T]):
             self._report(key, None)
         self._bad = {key: problems for key, problems in self._bad.items() if key in keep}
 
+    def _selector(self) -> dict[str, str]:
+        return {"fieldSelector": self.kind.fields} if self.kind.fields else {}
+
     async def _page(self, query: Mapping[str, str]) -> wire.Page:
         body = await self.api.get(self.kind.path, query)
         try:
@@ -172,7 +177,7 @@ class Reflector(Generic[T]):
             "allowWatchBookmarks": "true",
             "resourceVersion": self._version,
             "timeoutSeconds": str(max(1, round(seconds))),
-        }
+        } | self._selector()
         heard = False
         rest = b""
         async with self.api.request(

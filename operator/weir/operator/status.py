@@ -48,6 +48,15 @@ HELP = {
         "BlockLists with prefixes that cannot be read or would cut the cluster itself.",
     ),
     "weir_operator_leader": ("gauge", "1 on the replica that writes to the API server."),
+    "weir_operator_announced_addresses": ("gauge", "Addresses that some node announces."),
+    "weir_operator_pool_ipv4_used": ("gauge", "IPv4 addresses given, by pool; the leader's."),
+    "weir_operator_pool_ipv4_free": ("gauge", "IPv4 addresses left, by pool; the leader's."),
+    "weir_operator_pool_ipv6_used": ("gauge", "IPv6 addresses given, by pool; the leader's."),
+    "weir_operator_pool_ipv6_free": ("gauge", "IPv6 addresses left, by pool; the leader's."),
+    "weir_operator_load_balancers_waiting": (
+        "gauge",
+        "LoadBalancer Services that did not get all that they ask for; the leader's.",
+    ),
 }
 
 

@@ -159,8 +159,14 @@ class NodeAddress(Struct):
     address: str = ""
 
 
+class NodeCondition(Struct):
+    type: str = ""
+    status: str = ""
+
+
 class NodeStatus(Struct):
     addresses: list[NodeAddress] | None = None
+    conditions: list[NodeCondition] | None = None
 
 
 class Node(Named):
