@@ -99,7 +99,7 @@ static __always_inline __u32 ct_lifetime(const struct packet *packet, __u32 flag
 }
 
 /* The flags after this packet. A flow met midway, and the client's side of a service's flow
- * (whose replies never carry the VIP), count as replied when the handshake is over. */
+ * (of whose replies only some are told), count as replied when the handshake is over. */
 static __always_inline __u32 ct_flags_after(const struct packet *packet, __u32 flags,
 					    bool from_origin)
 {
@@ -117,16 +117,18 @@ static __always_inline __u32 ct_flags_after(const struct packet *packet, __u32 f
 }
 
 /* Writes only what changed: expires does so once a second. Not atomic: a flag lost to a race
- * comes back with the next packet. */
-static __always_inline void ct_refresh(const struct packet *packet, struct ct_entry *entry)
+ * comes back with the next packet. True if it did. */
+static __always_inline bool ct_refresh(const struct packet *packet, struct ct_entry *entry)
 {
 	__u32 flags = ct_flags_after(packet, entry->flags, ct_from_origin(packet, entry->flags));
 	__u32 expires = packet->now + ct_lifetime(packet, flags);
 
 	if (entry->flags != flags)
 		entry->flags = flags;
-	if (entry->expires != expires)
-		entry->expires = expires;
+	if (entry->expires == expires)
+		return false;
+	entry->expires = expires;
+	return true;
 }
 
 /* Records a flow that this packet opens. */
@@ -201,6 +203,6 @@ static __always_inline int ct_admit(struct __sk_buff *ctx, struct packet *packet
 			return verdict;
 		entry->generation = generation;
 	}
-	ct_refresh(packet, entry);
+	packet->refreshed = ct_refresh(packet, entry);
 	return 0;
 }

@@ -55,9 +55,11 @@ __subprogram bool forward_to_client(struct packet *packet)
 
 	if (!entry || !(entry->flags & CT_REV_NAT) || ct_from_origin(packet, entry->flags))
 		return false;
-	ct_refresh(packet, entry);
+	packet->refreshed = ct_refresh(packet, entry);
 	address = entry->nat_address;
 	packet_set_end(packet, END_SOURCE, &address, entry->nat_port);
+	if (packet->refreshed)
+		service_touch(packet);
 	return true;
 }
 

@@ -26,7 +26,7 @@ static __always_inline int host_answers(struct __sk_buff *ctx, struct packet *pa
 	if (!entry || !(entry->flags & CT_REV_NAT) || ct_from_origin(packet, entry->flags))
 		return 0;
 	if (!packet->quoted_l3_offset)
-		ct_refresh(packet, entry);
+		packet->refreshed = ct_refresh(packet, entry);
 	error = service_from_backend(ctx, packet, entry);
 	return error ? error : 1;
 }

@@ -102,6 +102,8 @@ struct packet {
 	__u8 rewritten;			/* .flow is no longer struct scratch's .sent */
 	__u8 restored;			/* a reply: its source is the VIP now */
 	__u8 snat;			/* with .service: the backend must see this node's address */
+	__u8 refreshed;			/* its flow's entry lives longer now, or shorter */
+	__u8 pad[3];
 };
 
 struct cursor {

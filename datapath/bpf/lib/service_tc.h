@@ -7,16 +7,6 @@
 #include "lib/rewrite.h"
 #include "lib/service.h"
 
-/* Neither a pod nor a node. */
-static __always_inline bool client_is_outside(const struct ip_addr *client)
-{
-	if (bpf_map_lookup_elem(&addresses, client))
-		return false;
-	const struct route *route = route_find(client);
-
-	return !route || !(route->flags & ROUTE_POD_CIDR);
-}
-
 /* Whether what goes to the backend must come back by this node, and the backend would not send
  * it here: it gets an address of the node as its source. */
 static __always_inline bool backend_needs_snat(const struct packet *packet,
@@ -38,8 +28,9 @@ static __always_inline const struct service *service_of(const struct packet *pac
 	const struct service *service = service_find(&flow->destination, flow->destination_port,
 						     flow->l4_proto, SCOPE_INTERNAL);
 
-	if (service && (service->flags & SERVICE_EXTERNAL_ROW) && packet->place == PLACE_UPLINK &&
-	    client_is_outside(&flow->source))
+	/* To a node, clients of other nodes are outside as well. */
+	if (service && (service->flags & SERVICE_EXTERNAL_ROW) &&
+	    (packet->place == PLACE_UPLINK || packet->place == PLACE_OVERLAY))
 		return service_find(&flow->destination, flow->destination_port, flow->l4_proto,
 				    SCOPE_EXTERNAL);
 	return service;
@@ -143,6 +134,17 @@ static __always_inline struct ct_entry *service_flow(struct packet *packet, stru
 	return entry && (entry->flags & CT_SERVICE) ? NULL : entry;
 }
 
+/* What a backend says is to the client's flow with the VIP, too: it stays as long as somebody
+ * talks, and ends with the connection. Once a second, so replies pay one lookup no more often. */
+__subprogram int service_touch(struct packet *packet)
+{
+	struct ct_entry *entry = ct_find(packet);
+
+	if (entry && (entry->flags & CT_SERVICE))
+		ct_refresh(packet, entry);
+	return 0;
+}
+
 /* Replies of a backend, and errors about what was sent to it, come from the VIP. */
 static __always_inline int service_from_backend(struct __sk_buff *ctx, struct packet *packet,
 						const struct ct_entry *entry)
@@ -150,7 +152,10 @@ static __always_inline int service_from_backend(struct __sk_buff *ctx, struct pa
 	if (!entry || !(entry->flags & CT_REV_NAT) || ct_from_origin(packet, entry->flags))
 		return 0;
 	struct ip_addr vip = entry->nat_address;
+	int error = rewrite(ctx, packet, END_SOURCE, &vip, entry->nat_port);
 
 	packet->restored = 1;
-	return rewrite(ctx, packet, END_SOURCE, &vip, entry->nat_port);
+	if (!error && packet->refreshed)
+		service_touch(packet);
+	return error;
 }

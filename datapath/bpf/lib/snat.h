@@ -9,7 +9,7 @@
 #include "lib/settings.h"
 #include "lib/where.h"
 
-#define SNAT_PROBES 32
+#define SNAT_PROBES 64
 #define SNAT_SECONDS_TCP 21600
 #define SNAT_SECONDS_BRIEF 120		/* of TCP, while opening and after closing */
 #define SNAT_SECONDS_OTHER 200
@@ -186,6 +186,17 @@ __subprogram int snat_masquerade(struct __sk_buff *ctx, struct packet *packet, b
 	return error ? error : rewrite(ctx, packet, END_SOURCE, &fresh.address, fresh.port);
 }
 
+/* Datagrams that come keep the port as well as those that go. Of a connection only a reset says
+ * something: packets that go on know the rest. */
+static __always_inline void snat_reply_seen(const struct packet *packet, struct snat_entry *entry,
+					    __u32 now)
+{
+	if (packet->flow.l4_proto != IPPROTO_TCP)
+		snat_refresh(entry, now + SNAT_SECONDS_OTHER);
+	else if (packet->fragment != FRAGMENT_LATER && (packet->tcp_flags & TCP_RST))
+		snat_refresh(entry, now + SNAT_SECONDS_BRIEF);
+}
+
 /* Who a reply to the node's address is really for. NULL: it is no such reply. */
 static __always_inline const struct snat_entry *snat_receiver(const struct packet *packet)
 {
@@ -200,9 +211,14 @@ static __always_inline const struct snat_entry *snat_receiver(const struct packe
 		return NULL;
 	snat_reverse_key(&packet->flow, &key);
 
-	const struct snat_entry *entry = bpf_map_lookup_elem(&snat, &key);
+	struct snat_entry *entry = bpf_map_lookup_elem(&snat, &key);
+	__u32 now = seconds_now();
 
-	return entry && entry->expires >= seconds_now() ? entry : NULL;
+	if (!entry || entry->expires < now)
+		return NULL;
+	if (!packet->quoted_l3_offset)
+		snat_reply_seen(packet, entry, now);
+	return entry;
 }
 
 /* Gives a reply to the node's address its real receiver back. 1 if it was one, 0, or a drop
