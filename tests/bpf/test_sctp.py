@@ -218,6 +218,49 @@ def test_masquerade_and_back(node: Node, net: Book) -> None:
     assert_packet(reply.packet, to_pod("a", over(net, net.world, net.a, answer.but(dport=4000))))
 
 
+@pytest.mark.parametrize("client", ["outside", "host"])
+def test_backend_elsewhere(node: Node, net: Book, client: str) -> None:
+    """Under this node's address: both ports change at once, there and back, also after the
+    Service is gone."""
+    node.service(sctp.PROTOCOL, PORT, (net.node2, TARGET))
+    source = net.world if client == "outside" else net.node
+    hop = net.ttl(63)
+
+    def goes(chunks: bytes) -> bytes:
+        sent = over(net, source, net.vip, Sctp(4000, PORT, chunks))
+        out = node.arrives(sent) if client == "outside" else node.leaves(sent)
+        assert (out.code, out.drops) == (TC_ACT_REDIRECT, {})
+        return out.packet[14:]
+
+    there = goes(sctp.init())
+    [port] = {e.port for k, e in node.tables.snat.items() if k.kind == SnatKind.FORWARD}
+    changed = Sctp(port, TARGET, sctp.init())
+    assert there == bytes(over(net, net.node, net.node2, changed, **hop))
+    answer = Sctp(TARGET, port, sctp.init(kind=sctp.INIT_ACK))
+    out = node.arrives(over(net, net.node2, net.node, answer))
+    assert (out.code, out.drops) == (TC_ACT_REDIRECT if client == "outside" else TC_ACT_OK, {})
+    back = over(
+        net, net.vip, source, answer.but(sport=PORT, dport=4000),
+        **(hop if client == "outside" else {}),
+    )  # fmt: skip
+    assert out.packet[14:] == bytes(back)
+    if client == "outside":
+        node.tables.services.delete([key for key, _ in node.tables.services.items()])
+        talk = Sctp(port, TARGET, TALK)
+        assert goes(TALK) == bytes(over(net, net.node, net.node2, talk, **hop))
+
+
+@pytest.mark.parametrize("client", ["outside", "host"])
+def test_others_are_refused_too(node: Node, net: Book, client: str) -> None:
+    node.service(sctp.PROTOCOL, PORT)
+    source = net.world if client == "outside" else net.node
+    sent = over(net, source, net.vip, Sctp(4000, PORT, sctp.init(), tag=0))
+    out = node.arrives(sent) if client == "outside" else node.leaves(sent)
+    assert (out.code, out.drops) == (TC_ACT_REDIRECT, {DropReason.NO_BACKEND: 1})
+    quoted = bytes(sent)[: (20 if net.family == 4 else 40) + 20]
+    assert out.packet[14:] == bytes(unreachable(net, net.vip, source, quoted))
+
+
 def test_cut_headers(node: Node, net: Book) -> None:
     for length in (0, 8, 11):
         out = node.from_pod("a", over(net, net.a, net.b, bytes(length)))

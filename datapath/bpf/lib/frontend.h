@@ -16,7 +16,7 @@ static __always_inline bool frontend_is_asked(const struct packet *packet)
 			 SCOPE_INTERNAL))
 		return true;
 	return packet->quoted_l3_offset ||
-	       (flow->l4_proto == IPPROTO_TCP && packet->fragment != FRAGMENT_LATER &&
+	       (is_connection(packet) && packet->fragment != FRAGMENT_LATER &&
 		!(packet->tcp_flags & TCP_SYN));
 }
 
