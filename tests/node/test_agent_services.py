@@ -148,23 +148,6 @@ def test_a_health_check_whose_port_is_taken_is_told_and_the_rest_goes_on(
     assert agent.ask("status")["ready"]
 
 
-def test_lost_operators_leave_no_complaint_of_asyncio(
-    agent: AgentNode, operator: ScriptedOperator
-) -> None:
-    agent.start()
-    for _ in range(3):
-        hellos = len(operator.hellos)
-        port = operator.port
-        operator.stop()
-        operator._where = agent.node.entered()
-        operator.start(port)
-        assert eventually(lambda seen=hellos: len(operator.hellos) > seen, 20), agent.log  # type: ignore[misc]
-    operator.wait_acknowledged(operator.set())
-    agent.stop()
-    for complaint in ("Task was destroyed", "aclose", "never retrieved", "Traceback"):
-        assert complaint not in agent.log, agent.log
-
-
 def test_native_routing_leaves_no_overlay(agent: AgentNode) -> None:
     agent.start()
     assert "weir_vxlan" in agent.node.run("ip", "link")

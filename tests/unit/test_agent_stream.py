@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 
@@ -153,3 +154,68 @@ def test_the_charts_values_are_understood() -> None:
     assert config.uplinks == ("eth0",)
     assert config.sizes.ct == 1000
     assert config.sizes.policy is None
+
+
+class Cutter:
+    """A way to an operator that can be cut like a cable."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._ends: set[asyncio.StreamWriter] = set()
+
+    async def start(self) -> int:
+        self._server = await asyncio.start_server(self._carry, "127.0.0.1", 0)
+        return int(self._server.sockets[0].getsockname()[1])
+
+    def cut(self) -> None:
+        for end in self._ends:
+            end.transport.abort()
+        self._ends.clear()
+
+    async def close(self) -> None:
+        self._server.close()
+        self.cut()
+        await self._server.wait_closed()
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", self._target)
+        self._ends |= {writer, back}
+        await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
+
+    @staticmethod
+    async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+        except OSError:
+            pass
+        finally:
+            writer.close()
+
+
+async def test_nothing_is_left_behind_of_a_stream_that_broke(
+    operators: list[ScriptedOperator], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """asyncio used to complain of a destroyed task and of a generator that could not be closed."""
+    token = tmp_path / "token"
+    token.write_text("secret")
+    cable = Cutter(operators[0].port)
+    target = f"127.0.0.1:{await cable.start()}"
+
+    async def find() -> Known:
+        return Known((target,), (), operators[0].ca.decode())
+
+    sink = Recorder()
+    task = asyncio.create_task(OperatorStream("node1", "1", find, token, sink).run())
+    try:
+        for number in range(3):
+            await until(lambda number=number: len(operators[0].hellos) > number)  # type: ignore[misc]
+            cable.cut()
+            await asyncio.sleep(0)
+            gc.collect()
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        await cable.close()
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
