@@ -22,6 +22,8 @@ from weir.operator.services import Frontend, Service
 PortOf = tuple[int, int]  # protocol, port
 Rank = tuple[str, Key]  # when it was created, and which it is
 K = TypeVar("K")
+# Of those that claim the same, how many are told when another one has it. All would be too many.
+HEARD = 16
 Judged = dict[Key, tuple[Service, tuple[Problem, ...]]]
 
 
@@ -48,12 +50,11 @@ class Frontends:
         concerned = {key}
         if old is not None:
             self._drop(old)
-            concerned.update(self._firsts(old))
+            concerned.update(self._touched(old))
         if new is not None:
-            concerned.update(self._firsts(new))
             self._services[key] = new
             self._add(new)
-            concerned.update(self._firsts(new))
+            concerned.update(self._touched(new))
         return self._judge_all(concerned)
 
     def nodes(self, old: Iterable[Addr], new: Iterable[Addr]) -> Judged:
@@ -65,7 +66,7 @@ class Frontends:
             self._nodes[addr] -= 1
             if not self._nodes[addr]:
                 del self._nodes[addr]
-        return self._judge_all({key for addr in old ^ new for key in self._firsts_at(addr)})
+        return self._judge_all({key for addr in old ^ new for key in self._claim(addr, 1)})
 
     def node_port(self, port: PortOf) -> Key | None:
         """The Service that has it."""
@@ -110,25 +111,24 @@ class Frontends:
                 if not at:
                     del self._external[port]
 
-    def _firsts(self, service: Service) -> Iterator[Key]:
-        """Who has at present what a Service claims, or could lose something to its claims."""
+    def _touched(self, service: Service) -> Iterator[Key]:
+        """Whose share a Service changes that has just come or gone."""
+        rank = _rank(service)
         for addr in service.cluster_ips:
-            if ranks := self._cluster_ips.get(addr):
-                yield ranks[0][1]
-            yield from self._firsts_at(addr)
+            yield from _behind(rank, self._cluster_ips.get(addr))
+            yield from self._claim(addr, HEARD)
         for port in _node_ports(service):
-            if ranks := self._node_ports.get(port):
-                yield ranks[0][1]
+            yield from _behind(rank, self._node_ports.get(port))
             for addr, ranks in self._external.get(port, {}).items():
                 if addr in self._nodes:
                     yield ranks[0][1]
         for addr, port in _external(service):
-            if ranks := self._external.get(port, {}).get(addr):
-                yield ranks[0][1]
+            yield from _behind(rank, self._external.get(port, {}).get(addr))
 
-    def _firsts_at(self, addr: Addr) -> Iterator[Key]:
+    def _claim(self, addr: Addr, most: int) -> Iterator[Key]:
+        """Of those with the address among their external ones, the first of each port."""
         for port in self._ports_at.get(addr, ()):
-            yield self._external[port][addr][0][1]
+            yield from (key for _, key in self._external[port][addr][:most])
 
     # Verdicts
 
@@ -221,6 +221,12 @@ class Frontends:
             where = "spec.healthCheckNodePort" if health else "spec.ports.nodePort"
             problems.append(Problem(where, words))
         return own
+
+
+def _behind(rank: Rank, ranks: list[Rank] | None) -> Iterator[Key]:
+    """Those that have it after the first one, or have heard from whom they did not get it."""
+    if ranks and rank <= ranks[0]:
+        yield from (key for _, key in ranks[:HEARD])
 
 
 def _rank(service: Service) -> Rank:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from weir.api.address import V4_PREFIX, Addr, is_ipv4
-from weir.operator.frontends import PortOf, Rank, port_text
+from weir.operator.frontends import HEARD, PortOf, Rank, port_text
 from weir.operator.objects import HostPort, Key, Pod, Problem
 
 ANY = (Addr(V4_PREFIX + bytes(4)), Addr(bytes(16)))
@@ -56,7 +56,9 @@ class HostPorts:
             self._add(new)
         concerned = {key}
         for place, winners in before.items():
-            concerned |= {rank[1] for rank, _ in winners.symmetric_difference(self._winners(place))}
+            if changed := winners.symmetric_difference(self._winners(place)):
+                concerned |= {rank[1] for rank, _ in changed}
+                concerned |= {rank[1] for rank, _ in self._at(place)[:HEARD]}
         judged = self._judge_all(concerned)
         return judged if plain is None else {**judged, key: (plain, ())}
 
@@ -81,10 +83,13 @@ class HostPorts:
                 if not nodes:
                     del self._claims[_port(port)]
 
-    def _winners(self, place: Place) -> list[Claim]:
+    def _at(self, place: Place) -> list[Claim]:
         port, node = place
+        return self._claims.get(port, {}).get(node, [])
+
+    def _winners(self, place: Place) -> list[Claim]:
         won: list[Claim] = []
-        for claim in self._claims.get(port, {}).get(node, ()):
+        for claim in self._at(place):
             if not any(overlap(claim[1], other) for _, other in won):
                 won.append(claim)
         return won

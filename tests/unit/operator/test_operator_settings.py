@@ -14,8 +14,10 @@ import yaml
 from support.operator_state import READERS
 
 from weir.api.address import text
+from weir.operator import resources
 from weir.operator.config import ConfigError, load
 from weir.operator.kubeconfig import KubeconfigError, from_file, in_cluster
+from weir.operator.objects import Key
 from weir.operator.status import HELP, Sample, StatusServer, render
 
 ENVIRONMENT = {"POD_NAMESPACE": "ns", "POD_NAME": "me"}
@@ -190,4 +192,11 @@ def test_a_node() -> None:
     made, problems = read("Node", {"status": {"addresses": addresses}, "spec": spec})
     assert [text(a) for a in made.addresses] == ["10.0.0.1", "192.0.2.1"]
     assert [c.text() for c in made.pod_cidrs] == ["10.1.0.0/24"]
+    assert made.zone == ""
     assert problems == ["status.addresses[1]", "spec.podCIDRs"]
+
+
+def test_a_nodes_zone() -> None:
+    meta = {"name": "n", "labels": {"topology.kubernetes.io/zone": "a", "zone": "b"}}
+    parsed = READERS["Node"](msgspec.Raw(msgspec.json.encode({"metadata": meta})))
+    assert resources.node(Key("", "n"), parsed.value).resource.node.zone == "a"
