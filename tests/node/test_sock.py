@@ -354,6 +354,12 @@ def test_node_ports_on_the_loopback_address(
                 assert seen == ([
                     "8080", LOCAL[family], "30080"] if one is host else ["ECONNREFUSED"]
                 )  # fmt: skip
+            # A host port of the loopback address alone goes before.
+            host.tables.backends.update({BackendKey(2, 0): Backend(parse(LOCAL[family]), 8081)})
+            own = ServiceKey(parse(LOCAL[family]), 30080, PROTO["tcp"], 0)
+            host.tables.services.update({own: Service(2, 1, 0, 0)})
+            seen = Box(host, other, box.ns).run(family, script.replace("tcp_server(8080)", "tcp_server(8081)"))
+            assert seen == ["8081", LOCAL[family], "30080"]
         finally:
             host.close()
             Datapath.remove(root)

@@ -106,7 +106,8 @@ static __always_inline bool sock_client(struct bpf_sock_addr *ctx, bool ipv4,
 	return true;
 }
 
-/* A node port answers on the loopback address too, for the host's own processes. */
+/* For the host's own processes a node port answers on the loopback address too, if no host port
+ * is there. */
 static __always_inline const struct service *sock_service(struct bpf_sock_addr *ctx,
 							  const struct sock_peer *peer)
 {
@@ -115,6 +116,11 @@ static __always_inline const struct service *sock_service(struct bpf_sock_addr *
 	if (address_is_loopback(&address)) {
 		if (!sock_is_hosts(ctx))
 			return NULL;
+		const struct service *own = service_find(&address, peer->port, peer->protocol,
+							 SCOPE_INTERNAL);
+
+		if (own)
+			return own;
 		sock_node_address(address_is_ipv4(&address), &address);
 	}
 	return service_find(&address, peer->port, peer->protocol, SCOPE_INTERNAL);
