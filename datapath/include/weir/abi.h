@@ -36,7 +36,7 @@ enum drop_reason {
 	DROP_SNAT_NO_PORT = 10,		/* no free port for masquerading */
 	DROP_NO_ROUTE = 11,		/* no route or neighbour for the destination */
 	DROP_TOO_BIG = 12,		/* larger than the overlay carries (the sender is told so) */
-	DROP_FRAGMENT = 13,		/* a later fragment whose first one was not seen */
+	DROP_FRAGMENT = 13,		/* a later fragment whose first one was not seen; SCTP that cannot get another port */
 	DROP_NO_ENDPOINT = 14,		/* an address of this node's pod CIDR that no pod has */
 	DROP_TTL_EXCEEDED = 15,		/* hop limit reached zero while forwarding */
 	DROP_REWRITE = 16,		/* the kernel refused to change or redirect the packet */
