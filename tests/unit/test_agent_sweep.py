@@ -165,6 +165,8 @@ FLOWS = {
     "to another port of one that serves": (Flow((VIP, 53), (A.address, 5301)), True),
     "through a node port": (Flow((NODE, 30053), (B.address, 5300)), False),
     "through the loopback's": (Flow((LOCALHOST, 30053), (B.address, 5300)), False),
+    "through a host port of the loopback": (Flow((LOCALHOST, 99), (B.address, 5300)), False),
+    "through another's": (Flow((LOCALHOST, 99), (A.address, 5300)), True),
     "through a frontend that is none": (Flow((VIP, 54), (A.address, 5300)), True),
     "through a frontend of TCP alone": (Flow((VIP, 80), (A.address, 5300)), True),
     "to what is a frontend now": (Flow((VIP, 53), None), True),
@@ -175,6 +177,8 @@ FLOWS = {
 @pytest.mark.parametrize(("flow", "stale"), FLOWS.values(), ids=FLOWS)
 def test_flows(world: World, flow: Flow, stale: bool) -> None:
     world.put(key(OTHER), A, B)
+    world.put(key(NODE, 99), A)
+    world.put(key(LOCALHOST, 99), B)
     world.draining[key()] = {C}
     world.note()
     assert sweep.flow_is_stale(flow, world.watch.serving) is stale

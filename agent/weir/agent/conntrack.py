@@ -24,7 +24,8 @@ from weir.datapath.datapath import Tables
 from weir.datapath.records import CtEntry, CtFlag, CtKey, ServiceKey, ServiceScope
 from weir.datapath.view import View
 
-TCP = 6
+CONNECTIONS = (6, 132)  # TCP and SCTP say when a flow opens and closes
+REMEMBERED = 1 << 14
 OF_KEY = ("low", "high", "low_port", "high_port", "protocol")
 OF_VALUE = ("expires", "generation", "flags", "nat_address", "nat_port")
 NUMBERS = {name.lower(): number for number, name in PROTOCOLS.items()}
@@ -159,7 +160,8 @@ class Conntrack:
 
 
 class _Names:
-    """Names of pods and Services, each looked up once."""
+    """Names of pods and Services, most of them looked up once: clients can be hundreds of
+    thousands, so names of addresses are forgotten now and then."""
 
     def __init__(self, projection: Projection, pod_name: Callable[[Addr], str]) -> None:
         self._services = projection.services
@@ -171,6 +173,9 @@ class _Names:
         }
 
     def learn(self, flows: list[Flow]) -> None:
+        """Before a batch is filtered and encoded."""
+        if len(self._pods) > REMEMBERED:
+            self._pods.clear()
         for flow in flows:
             for address, _ in (flow.source, flow.destination):
                 if address not in self._pods:
@@ -248,8 +253,8 @@ def translation(flags: int) -> str:
 
 
 def state(protocol: int, flags: int) -> str:
-    """In the words of a TCP connection, or of datagrams."""
-    if protocol != TCP:
+    """In the words of a connection, or of datagrams."""
+    if protocol not in CONNECTIONS:
         return "replied" if flags & CtFlag.REPLIED else "unreplied"
     closing = flags & (CtFlag.FIN_ORIGIN | CtFlag.FIN_REPLY)
     if flags & CtFlag.RESET:

@@ -136,15 +136,21 @@ class Watch:
     def serving(self, frontend: Place) -> set[bytes] | None:
         """Backends, packed, that flows through it may keep. None: it is no frontend of UDP."""
         address, port = frontend
-        candidates = [address]
-        if is_loopback(address):  # a node port, as the host's own processes may name it
-            candidates = [own for own in self._own() if is_ipv4(own) == is_ipv4(address)]
+        found = self._serving_at(address, port)
+        if found is None and is_loopback(address):
+            # A node port, as the host's own processes may name it.
+            same = [own for own in self._own() if is_ipv4(own) == is_ipv4(address)]
+            at_own = [self._serving_at(own, port) for own in same]
+            known = [backends for backends in at_own if backends is not None]
+            return set().union(*known) if known else None
+        return found
+
+    def _serving_at(self, address: Addr, port: int) -> set[bytes] | None:
         found = None
-        for candidate in candidates:
-            for scope in SCOPES:
-                key = ServiceKey(candidate, port, UDP, scope)
-                if key in self._rows:
-                    found = (found or set()) | (self._serving(key) or set())
+        for scope in SCOPES:
+            key = ServiceKey(address, port, UDP, scope)
+            if key in self._rows:
+                found = (found or set()) | (self._serving(key) or set())
         return found
 
     def sticking(self, identity: int) -> tuple[int, frozenset[bytes]] | None:
