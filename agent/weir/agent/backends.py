@@ -113,6 +113,10 @@ class IdRows(Generic[K, V]):
         self._changed.setdefault(number, packed)
         self._rows.count -= len(packed) // self._rows.width
 
+    def forget(self) -> None:
+        """What changed since the last call of `take` is found in another way."""
+        self._changed.clear()
+
     def take(self) -> dict[K, Change[V]]:
         """What changed since the last call, without what changed back."""
         changed, self._changed = self._changed, {}

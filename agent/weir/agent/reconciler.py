@@ -195,7 +195,9 @@ class Reconciler:
             for health in self.health.values():
                 health.compare = True
         retired = self._retired()
-        delta = self.projection.take()
+        # At the start only: later, what is ours is told from what had to be repaired.
+        compared = self.health["services"].compare and not self.first_done.is_set()
+        delta = self.projection.take(compared=compared)
         if self._follower is not None:
             self._follower.note(delta.services)
         due = [group for group, health in self.health.items() if began >= health.retry_at]

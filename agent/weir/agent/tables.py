@@ -145,8 +145,13 @@ class Projection:
         self._project_host_ports()
         self.services.project()
 
-    def take(self) -> Delta:
+    def take(self, *, compared: bool = False) -> Delta:
+        """`compared`: Services will be compared with the kernel, which finds what changed. The
+        many rows of their backends are then left out: there may be hundreds of thousands."""
         self.project()
+        if compared:
+            self.services.backends.forget()
+            self.services.maglev.forget()
         return Delta(
             services=self.services.services.take(),
             backends=self.services.backends.take(),
