@@ -20,7 +20,7 @@ from weir.api.v1 import weir_pb2 as pb
 from weir.cni.netns import netns_cookie
 from weir.datapath import libbpf
 
-HEALTH_PORT, PROXY_PORT, NODE_PORT = 32100, 10256, 30080
+HEALTH_PORT, PROXY_PORT, MODE_PORT, NODE_PORT = 32100, 10256, 10249, 30080
 ADDRESSES = ("192.0.2.1", "2001:db8::1")
 SIZES = {"netns_addresses": (8, 32), "services": (20, 20), "maglev": (8, 512), "runtime": (4, 16)}
 
@@ -123,6 +123,8 @@ def test_health_checks_answer_as_kube_proxy_does(
         assert (status, headers["X-Content-Type-Options"]) == (200, "nosniff")
         assert json.loads(body)["nodeEligible"] is True
         assert get(source, address, PROXY_PORT, "/other")[0] == 404
+    assert get(agent.node, "127.0.0.1", MODE_PORT, "/proxyMode")[::2] == (200, "ebpf")
+    assert get(agent.node, "127.0.0.1", MODE_PORT, "/healthz")[0] == 404
     elsewhere = balancer({first: 8080, second: 8080}, node="node2")
     operator.wait_acknowledged(operator.set(*elsewhere))
     status, headers, body = get(agent.outside, ADDRESSES[0], HEALTH_PORT)

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 10.0
 BACKLOG = 64
+# Where kube-proxy serves its metrics. Programs that look for its mode there find ours.
+MODE_PORT = 10249
+MODE = "ebpf"
 ANY = {True: "0.0.0.0", False: "::"}  # noqa: S104  as kube-proxy; nodePortAddresses narrows it
 FAMILIES = {True: "IPv4", False: "IPv6"}
 
@@ -40,7 +43,7 @@ class Place(NamedTuple):
 
 
 class Listening(NamedTuple):
-    """What a port answers for; service None: /healthz."""
+    """What a port answers for; service None: /healthz, or /proxyMode at its port."""
 
     site: web.SockSite
     service: ServiceName | None
@@ -48,7 +51,7 @@ class Listening(NamedTuple):
 
 class HealthChecks:
     """`healthy`: whether Services are served as they should be. `eligible`: whether this node is
-    there to stay. `proxy_port` 0: no /healthz."""
+    there to stay. `proxy_port` 0: neither /healthz nor /proxyMode."""
 
     def __init__(
         self,
@@ -127,7 +130,7 @@ class HealthChecks:
         }
         if self._proxy_port:
             everywhere = _places(NodePortRule(), addresses, self._proxy_port)
-            found |= dict.fromkeys(everywhere)
+            found |= dict.fromkeys([*everywhere, Place(True, "127.0.0.1", MODE_PORT)])
         return found
 
     async def _answer(self, request: web.Request) -> web.Response:
@@ -135,6 +138,8 @@ class HealthChecks:
         local = transport.get_extra_info("sockname") if transport is not None else None
         for place, (_, service) in self._listening.items():
             if local is not None and place.port == local[1] and place.ipv4 == (len(local) == 2):
+                if place.port == MODE_PORT and service is None:
+                    return _mode(request.path)
                 if service is None:
                     return self._proxy(request.path)
                 return self._service(service, ipv4=place.ipv4)
@@ -169,6 +174,12 @@ class HealthChecks:
         one = {"lastUpdated": self._updated, "healthy": healthy}
         body |= {"healthy": healthy, "status": dict.fromkeys(sorted(families), one)}
         return _json(msgspec.json.encode(body), 200 if fine else 503, {})
+
+
+def _mode(path: str) -> web.Response:
+    if path != "/proxyMode":
+        return web.Response(status=404, text="404 page not found\n")
+    return web.Response(text=MODE)
 
 
 def _places(rule: NodePortRule, addresses: tuple[Addr, ...], port: int) -> list[Place]:
