@@ -51,6 +51,10 @@ class Cluster:
     def logs(self) -> str:
         return "\n".join(node.log for node in self.nodes.values())
 
+    @property
+    def outside(self) -> NetNs:
+        return self.nodes[1].outside
+
     def set(self, *items: pb.Resource, gone: tuple[str, ...] = ()) -> None:
         for operator in self.operators.values():
             operator.wait_acknowledged(operator.set(*items, gone=gone))

@@ -101,7 +101,7 @@ def test_nothing_is_privileged() -> None:
         assert security["capabilities"]["drop"] == ["ALL"]
         assert not pod["spec"].get("hostPID", False)
     agent = container(agent_of(manifests))["securityContext"]["capabilities"]
-    assert agent["add"] == ["BPF", "PERFMON", "NET_ADMIN", "SYS_ADMIN"]
+    assert agent["add"] == ["BPF", "PERFMON", "NET_ADMIN", "SYS_ADMIN", "NET_RAW"]
     assert "add" not in container(operator_of(manifests))["securityContext"]["capabilities"]
 
 

@@ -22,6 +22,7 @@ from weir.agent.explain import Explainer
 from weir.agent.flows import Flows
 from weir.agent.gate import Gate
 from weir.agent.health_checks import HealthChecks
+from weir.agent.herald import Herald
 from weir.agent.host import AgentHost
 from weir.agent.node import NodeFacts
 from weir.agent.reconciler import GROUPS, Pace, Reconciler
@@ -98,6 +99,7 @@ class App:
             healthy=lambda: not self.reconciler.health["services"].error,
             eligible=lambda: self.projection.routes.own_node is not None,
         )
+        self._herald = Herald(lambda: self.projection.announced.announcing)
         self._host = AgentHost(
             self.projection,
             self.reconciler,
@@ -192,6 +194,7 @@ class App:
                 group.create_task(self._serve_api(), name="API")
                 group.create_task(self._serve_health(), name="health")
                 group.create_task(self._serve_health_checks(), name="health checks")
+                group.create_task(self._announce(), name="announcing")
         finally:
             await self._close()
 
@@ -310,6 +313,10 @@ class App:
         await self.reconciler.first_done.wait()
         await self._health_checks.run(self.reconciler.next_round)
 
+    async def _announce(self) -> None:
+        await self.reconciler.first_done.wait()
+        await self._herald.run(self.reconciler.next_round)
+
     # ---- the node's own network
 
     async def _keep_node(self) -> None:
@@ -388,7 +395,8 @@ class App:
                 local=self._facts.local,
                 tunnel=self._config.tunnel,
                 no_masquerade=self._config.no_masquerade,
-            )
+            ),
+            self._facts.segments,
         )
         self._use_own_node()
 

@@ -39,6 +39,11 @@ class LinkAddress:
 
     ifindex: int
     address: Addr
+    bits: int = 128  # of its network
+
+    @property
+    def network(self) -> Cidr:
+        return cidr(self.address, self.bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +159,14 @@ def _join(raw: bytes) -> Addr:
 
 
 def _global_address(body: bytes) -> LinkAddress | None:
-    _, _, _, scope, index = netlink.IFADDR.unpack_from(body)
+    family, bits, _, scope, index = netlink.IFADDR.unpack_from(body)
     found = netlink.attributes(body[netlink.IFADDR.size :])
     raw = found.get(netlink.IFA_LOCAL) or found.get(netlink.IFA_ADDRESS)
-    return LinkAddress(index, _join(raw)) if raw and scope == SCOPE_GLOBAL else None
+    if not raw or scope != SCOPE_GLOBAL:
+        return None
+    return LinkAddress(
+        index, _join(raw), bits + (address.V4_BITS if family == socket.AF_INET else 0)
+    )
 
 
 def _kernel_route(body: bytes) -> KernelRoute | None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from weir.agent import links
+from weir.agent.announced import Segment
 from weir.agent.config import Config
 from weir.agent.errors import NodeError
 from weir.agent.links import LinkAddress, NodeNetlink
@@ -27,6 +28,7 @@ from weir.cni.netns import inside, open_netns
 
 logger = logging.getLogger(__name__)
 
+MAC_BYTES = 6
 VXLAN_HEADERS = {True: 50, False: 70}
 """Bytes around an inner IP packet, by "the underlay is IPv4"."""
 
@@ -34,13 +36,15 @@ VXLAN_HEADERS = {True: 50, False: 70}
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
     """addresses: the node's own for pods and tunnels, the underlay's family first;
-    local: every global address of the node. mtu: of pods, in bytes."""
+    local: every global address of the node. mtu: of pods, in bytes. segments: of those uplinks
+    that are Ethernet."""
 
     addresses: tuple[Addr, ...]
     local: tuple[Addr, ...]
     uplinks: tuple[str, ...]
     mtu: int
     overlay_ifindex: int = 0
+    segments: tuple[Segment, ...] = ()
 
     def first(self, ipv4: bool) -> Addr | None:
         return next((addr for addr in self.addresses if is_ipv4(addr) == ipv4), None)
@@ -88,6 +92,16 @@ def derive(
         local=local,
         uplinks=tuple(sorted(link.name for link in uplinks)),
         mtu=config.mtu or mtu,
+        segments=tuple(
+            Segment(
+                link.name,
+                link.index,
+                link.mac,
+                tuple(dict.fromkeys(a.network for a in here if a.ifindex == link.index)),
+            )
+            for link in sorted(uplinks, key=lambda link: link.name)
+            if len(link.mac) == MAC_BYTES
+        ),
     )
 
 
@@ -112,7 +126,7 @@ def observe(config: Config, named: Sequence[Addr]) -> NodeFacts:
             netlink.send([links.set_mtu(device.index, facts.mtu, up=True)])
         if device is None:
             raise NodeError("create", links.OVERLAY, "it vanished at once")
-        return NodeFacts(facts.addresses, facts.local, facts.uplinks, facts.mtu, device.index)
+        return replace(facts, overlay_ifindex=device.index)
 
 
 def converge_routes(wanted: Iterable[HostRoute], facts: NodeFacts) -> int:

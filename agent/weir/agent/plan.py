@@ -63,6 +63,7 @@ class Plan:
     policy: list[AnyOp]
     routes: list[AnyOp]
     blocked: list[AnyOp]
+    announced: list[AnyOp]
     namespaces: list[AnyOp]
     judge_again: bool
     borrowed: tuple[int, ...] = ()  # class numbers used during the plan only
@@ -110,6 +111,7 @@ def plan(
         policy=_some(ops),
         routes=_some([_op("routes", _upserts(delta.routes), _deletes(delta.routes))]),
         blocked=_some([_op("blocked", _upserts(delta.blocked), _deletes(delta.blocked))]),
+        announced=_some([_op("announced", _upserts(delta.announced), _deletes(delta.announced))]),
         namespaces=_some(
             [
                 _op(

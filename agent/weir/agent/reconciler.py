@@ -32,6 +32,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "policy": ("policy", "prefixes", "addresses", "endpoints"),
     "routes": ("routes",),
     "blocked": ("blocked",),
+    "announced": ("announced",),
     "namespaces": ("netns_addresses",),
 }
 # Without a row of these, more passes, not less.

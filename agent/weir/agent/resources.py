@@ -193,7 +193,27 @@ class Blocked:
     cidrs: tuple[Cidr, ...]
 
 
-Resource = Service | Slice | Node | Selector | Class | Policy | Address | Prefix | Pod | Blocked
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """Of a load balancer's address, the node that answers for it."""
+
+    address: Addr
+    node: str
+
+
+Resource = (
+    Service
+    | Slice
+    | Node
+    | Selector
+    | Class
+    | Policy
+    | Address
+    | Prefix
+    | Pod
+    | Blocked
+    | Announced
+)
 
 
 def resource_name(encoded: bytes) -> str:
@@ -245,6 +265,8 @@ def expected_name(item: Resource, name: str) -> str:
             return f"pod/{item.uid}"
         case Blocked():
             return f"blocked/{item.name}"
+        case Announced():
+            return f"announced/{item.address.hex()}"
         case Slice():
             return name if name.startswith("slice/") else ""
 
@@ -272,6 +294,8 @@ def _parse(kind: str, message: weir_pb2.Resource) -> Resource:
         case "prefix":
             prefix = message.prefix
             return Prefix(_cidr(prefix.cidr), WireClass(getattr(prefix, "class")))
+        case "announced":
+            return Announced(_addr(message.announced.address), message.announced.node)
         case "blocked":
             return Blocked(message.blocked.name, tuple(map(_cidr, message.blocked.cidrs)))
         case _:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weir.agent import resources
+from weir.agent.announced import AnnouncedTable, Segment
 from weir.agent.blocks import BlockTable
 from weir.agent.classes import ClassContent, Numbers
 from weir.agent.frontends import ALL_ADDRESSES, NodePortRule, ServiceFacts, node_port_addresses
@@ -63,6 +64,7 @@ class Delta:
     policy: dict[records.PolicyKey, Change[records.PolicyVerdict]] = field(default_factory=dict)
     routes: dict[records.PrefixKey, Change[records.Route]] = field(default_factory=dict)
     blocked: dict[records.PrefixKey, Change[records.Blocked]] = field(default_factory=dict)
+    announced: dict[Addr, Change[records.Announced]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return any(getattr(self, name) for name in self.__slots__)
@@ -81,6 +83,7 @@ class Projection:
         self.netns = NetnsTable()
         self.routes = RouteTables()
         self.blocks = BlockTable()
+        self.announced = AnnouncedTable()
         self._tables: dict[str, RowsLike[Any, Any]] = {
             rows.name: rows
             for rows in (
@@ -95,6 +98,7 @@ class Projection:
                 self.policy.rows,
                 self.routes.rows,
                 self.blocks.rows,
+                self.announced.rows,
             )
         }
         self._policies: dict[PolicyName, resources.Policy] = {}
@@ -121,8 +125,9 @@ class Projection:
         self.netns.remove_endpoint(container_id)
         self._dirty_host_ports = True
 
-    def set_facts(self, facts: RouteFacts) -> None:
+    def set_facts(self, facts: RouteFacts, segments: tuple[Segment, ...] = ()) -> None:
         self.routes.set_facts(facts)
+        self.announced.set_facts(facts.node, segments)
 
     def set_feature(self, feature: records.RuntimeFeature, *, on: bool) -> None:
         """What the programs are to look at for others than Services."""
@@ -164,6 +169,7 @@ class Projection:
             policy=self.policy.rows.take(),
             routes=self.routes.rows.take(),
             blocked=self.blocks.rows.take(),
+            announced=self.announced.rows.take(),
         )
 
     def table(self, name: str) -> RowsLike[Any, Any]:
@@ -191,6 +197,8 @@ class Projection:
                 return f"network namespace {key}"
             case "blocked":
                 return self.blocks.owner(key)
+            case "announced":
+                return f"announced address {text(key)}"
             case "policy":
                 names = self.policy.policies_of(key.rule_set)
                 return "policy " + ", ".join("/".join(name) for name in names)
@@ -205,7 +213,8 @@ class Projection:
     @property
     def features(self) -> int:
         """RuntimeFeature bits."""
-        return self.services.features | self._other_features
+        announces = records.RuntimeFeature.ANNOUNCES if self.announced.rows.rows else 0
+        return self.services.features | self._other_features | announces
 
     @property
     def host_routes(self) -> frozenset[HostRoute]:
@@ -240,6 +249,8 @@ class Projection:
                 self._set_host_ports(item.uid, item)
             case resources.Blocked():
                 self.blocks.set_list(item.name, item.cidrs)
+            case resources.Announced():
+                self.announced.set_address(item.address, item.node)
             case None:
                 self._remove(kind, rest)
 
@@ -265,6 +276,8 @@ class Projection:
                 self.placement.set_prefix(prefix, None)
             case "blocked":
                 self.blocks.remove_list(rest)
+            case "announced":
+                self.announced.set_address(Addr(bytes.fromhex(rest)), None)
             case "pod":
                 self.placement.set_pod(rest, None)
                 self._set_host_ports(rest, None)
