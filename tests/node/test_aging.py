@@ -123,21 +123,26 @@ async def test_affinity_lasts_as_long_as_its_service_says(bench: Bench) -> None:
 async def test_a_table_under_pressure_is_named_once(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def socket_row(cookie: int) -> tuple[SockNatKey, SockNat]:
+    def live(number: int) -> tuple[CtKey, CtEntry]:
+        return CtKey(HERE, THERE, number, 80, 6), CtEntry(NOW + 60, 0, 0, 0, HERE, 0)
+
+    def closed(cookie: int) -> tuple[SockNatKey, SockNat]:
         return SockNatKey(cookie, HERE, 80, 6), SockNat(VIP, 80, 1)
 
-    table = bench.datapath.tables.sock_nat
-    table.update(dict(map(socket_row, range(SIZE // 2))))
+    table = bench.datapath.tables.ct
+    table.update(dict(map(live, range(SIZE // 2))))
+    bench.datapath.tables.sock_nat.update(dict(map(closed, range(2 * SIZE))))
     await bench.aging.round()
-    assert bench.aging.warnings() == []
+    assert bench.aging.fills["sock_nat"].ratio > 0.9
+    assert bench.aging.warnings() == [], "closed sockets are no pressure"
     # A full LRU keeps a few slots free for each CPU.
-    table.update(dict(map(socket_row, range(2 * SIZE))))
+    table.update(dict(map(live, range(2 * SIZE))))
     for _ in range(2):
         await bench.aging.round()
-    fill = bench.aging.fills["sock_nat"]
+    fill = bench.aging.fills["ct"]
     (said,) = bench.aging.warnings()
-    assert said.startswith(f"map sock_nat has {fill.entries} of {SIZE} entries")
-    assert said.endswith("raise maps.sockNat")
+    assert said.startswith(f"map ct has {fill.entries} of {SIZE} entries")
+    assert said.endswith("raise maps.conntrack")
     assert [record.getMessage() for record in caplog.records] == [said]
     assert 0.9 <= fill.ratio <= 1
 

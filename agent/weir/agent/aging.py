@@ -15,7 +15,8 @@ is missing: then one flow may be judged anew, or one idle masqueraded connection
 it wakes up in that very microsecond.
 
 `fragments` tells no time and is 0.9 MB that LRU uses over and over: there is nothing to gain.
-`sock_nat` has no expiry: it is counted only.
+`sock_nat` has no expiry: it is counted, but being full of closed sockets is its normal state and no
+reason to warn.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ PERIOD_SECONDS = 30.0
 PAUSE_SECONDS = 0.02
 GRACE_SECONDS = 10
 WARN_AT = 0.9
+NEVER_PRESSED = frozenset({"sock_nat"})
 # The value of the chart that sizes a table.
 SETTINGS: Mapping[str, str] = {
     "ct": "maps.conntrack",
@@ -56,6 +58,7 @@ class Fill:
     max_entries: int = 0
     entries: int = 0
     expired: int = 0
+    warns: bool = True
 
     @property
     def ratio(self) -> float:
@@ -63,7 +66,7 @@ class Fill:
 
     @property
     def pressed(self) -> bool:
-        return self.ratio >= WARN_AT
+        return self.warns and self.ratio >= WARN_AT
 
 
 def warning(name: str, fill: Fill) -> str:
@@ -81,7 +84,7 @@ class Aging:
         self._watch = watch
         self._walks = walks
         self._clock = clock
-        self.fills = {name: Fill() for name in SETTINGS}
+        self.fills = {name: Fill(warns=name not in NEVER_PRESSED) for name in SETTINGS}
         self.last_seconds = 0.0
 
     async def run(self) -> None:
