@@ -17,7 +17,16 @@ import pytest
 from support.two_nodes import ADDRESS, OVERLAY_MTU, TIMEOUT_S, Net, build, sock
 
 from weir.api.address import parse
-from weir.datapath.records import Backend, BackendKey, DropReason, Route, Service, ServiceKey
+from weir.datapath.records import (
+    Backend,
+    BackendKey,
+    DropReason,
+    Route,
+    RuntimeFeature,
+    Service,
+    ServiceFlag,
+    ServiceKey,
+)
 
 pytestmark = pytest.mark.core
 
@@ -143,3 +152,30 @@ def test_overlay_believes_nodes_only(net: Net, family: int, lie: str) -> None:
     finally:
         tables.addresses.update({node2: node_row})
         tables.routes.update({cidr: cidr_row})
+
+
+@FAMILIES
+@pytest.mark.parametrize("way", ["snat", "dsr"])
+@pytest.mark.parametrize("server", ["a", "r", "node1", "node2"])
+def test_node_port_from_outside(net: Net, family: int, server: str, way: str) -> None:
+    """Whole connections with segments of all sizes, to each place; only a node that must take the
+    answers back hides the client."""
+    tables = net.one.datapath.tables
+    number = 2000 + family
+    net.one.datapath.set_features(RuntimeFeature.HOST_BACKENDS)
+    for proto in (6, 17):
+        row = {BackendKey(number, 0): Backend(parse(ADDRESS[family][server]), 7000)}
+        tables.backends.update(row)
+        key = ServiceKey(parse(ADDRESS[family]["node1"]), 7000, proto, 0)
+        flags = ServiceFlag.DSR if way == "dsr" else 0
+        tables.services.update({key: Service(number, 1, flags, 0)})
+    before = net.one.drops(), net.two.drops()
+    try:
+        seen = exchange(net, family, "world", server, "node1")
+    finally:
+        tables.services.delete([
+            ServiceKey(parse(ADDRESS[family]["node1"]), 7000, proto, 0) for proto in (6, 17)
+        ])  # fmt: skip
+    hidden = server == "node2" or (server == "r" and way == "snat")
+    assert seen == ADDRESS[family]["node1" if hidden else "world"]
+    assert (net.one.drops(), net.two.drops()) == before

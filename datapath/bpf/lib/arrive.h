@@ -24,8 +24,13 @@ static __always_inline bool arrive_is_stray(const struct packet *packet)
 static __always_inline int arrive_at_pod(struct __sk_buff *ctx, struct packet *packet,
 					 const struct endpoint *destination)
 {
+	int verdict = packet->service ? 0 : dsr_take(ctx, packet);
+
+	if (verdict < 0)
+		return drop(ctx, packet, verdict);
 	struct ct_entry *entry = ct_find(packet);
-	int verdict = ct_admit(ctx, packet, entry, false);
+
+	verdict = ct_admit(ctx, packet, entry, false);
 
 	if (verdict < 0)
 		return drop(ctx, packet, verdict);

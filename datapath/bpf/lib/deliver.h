@@ -37,13 +37,13 @@ static __always_inline __u32 wire_length(const struct __sk_buff *ctx, const stru
 		return 0;
 	if (ctx->gso_size)
 		return packet->l4_offset - ETH_HLEN + packet->l4_header + ctx->gso_size;
-	return packet->l3_length;
+	return packet->l3_length + packet->extra;
 }
 
 /* The stack takes an address of the node's own, on a packet that comes in, for a lie. */
 static __always_inline bool is_for_the_stack(const struct packet *packet)
 {
-	return !packet->restored && !packet->snat;
+	return !packet->restored && !packet->snat && !packet->dsr;
 }
 
 /* To another node. What is too big and may be cut up goes through the host's stack. */
@@ -53,7 +53,7 @@ static __always_inline int deliver_to_overlay(struct __sk_buff *ctx, struct pack
 		return bpf_redirect(overlay_ifindex, 0);
 	if (!packet->dont_fragment && is_for_the_stack(packet))
 		return TC_ACT_OK;
-	packet->mtu = overlay_mtu;
+	packet->mtu = overlay_mtu - packet->extra;
 	return -DROP_TOO_BIG;
 }
 
@@ -66,6 +66,10 @@ __subprogram int deliver_by_fib(struct __sk_buff *ctx, struct packet *packet)
 		.ifindex = ctx->ifindex,
 	};
 	struct bpf_redir_neigh neighbour = {};
+
+	/* Else the kernel goes by what the packet is now. */
+	if (packet->extra)
+		fib.tot_len = packet->l3_length + packet->extra;
 
 	if (packet->ipv6) {
 		__builtin_memcpy(fib.ipv6_src, &packet->sender, sizeof(fib.ipv6_src));
@@ -91,7 +95,7 @@ __subprogram int deliver_by_fib(struct __sk_buff *ctx, struct packet *packet)
 		if (is_for_the_stack(packet))
 			return TC_ACT_OK;
 		/* 5.10 does not tell. */
-		packet->mtu = fib.mtu_result ? fib.mtu_result : MTU_MIN;
+		packet->mtu = (fib.mtu_result ? fib.mtu_result : MTU_MIN) - packet->extra;
 		return -DROP_TOO_BIG;
 	default:
 		return is_for_the_stack(packet) ? TC_ACT_OK : -DROP_NO_ROUTE;

@@ -47,7 +47,7 @@ __subprogram bool forward_to_client(struct packet *packet)
 	if (!receiver)
 		return false;
 	address = receiver->address;
-	if (endpoint_find(&address) || is_local_host(&address))
+	if (endpoint_find(&address))
 		return false;
 	packet_set_end(packet, END_DESTINATION, &address, receiver->port);
 

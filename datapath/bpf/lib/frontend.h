@@ -38,9 +38,26 @@ static __always_inline int frontend_pass_on(struct __sk_buff *ctx, struct packet
 	return error ? error : verdict;
 }
 
+/* To a backend whose node answers: what this node would remember, that one does. */
+static __always_inline int frontend_hand_over(struct __sk_buff *ctx, struct packet *packet)
+{
+	packet->extra = dsr_bytes(packet);
+
+	int verdict = frontend_pass_on(ctx, packet);
+
+	if (verdict < 0 || !packet->extra)
+		return verdict;
+	int error = dsr_put(ctx, packet);
+
+	return error ? error : verdict;
+}
+
 /* To a backend that is no pod of this node. No policy here is about it. */
 static __always_inline int frontend_to_backend(struct __sk_buff *ctx, struct packet *packet)
 {
+	if (packet->dsr)
+		return frontend_hand_over(ctx, packet);
+
 	struct ct_entry *entry = ct_find(packet);
 	int verdict = ct_admit(ctx, packet, entry, true);
 

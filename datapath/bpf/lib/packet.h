@@ -103,7 +103,9 @@ struct packet {
 	__u8 restored;			/* a reply: its source is the VIP now */
 	__u8 snat;			/* with .service: the backend must see this node's address */
 	__u8 refreshed;			/* its flow's entry lives longer now, or shorter */
-	__u8 pad[3];
+	__u8 dsr;			/* with .service: the backend's node answers the client */
+	__u8 extra;			/* bytes that the packet gets on its way out */
+	__u8 pad;
 };
 
 struct cursor {

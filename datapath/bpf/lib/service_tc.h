@@ -3,6 +3,7 @@
 #pragma once
 
 #include "lib/ct.h"
+#include "lib/dsr.h"
 #include "lib/maglev.h"
 #include "lib/rewrite.h"
 #include "lib/service.h"
@@ -52,6 +53,7 @@ static __always_inline void service_note(struct packet *packet, const struct ct_
 {
 	packet->service = chosen->service;
 	packet->snat = !!(chosen->flags & CT_SNAT);
+	packet->dsr = !!(chosen->flags & CT_DSR);
 	packet->vip = packet->flow.destination;
 	packet->vip_port = packet->flow.destination_port;
 }
@@ -96,7 +98,10 @@ static __always_inline int service_choose(struct packet *packet, struct ct_entry
 	entry->nat_address = backend.address;
 	entry->nat_port = backend.port;
 	if (backend_needs_snat(packet, &backend.address))
-		entry->flags |= CT_SNAT;
+		entry->flags |= (service->flags & SERVICE_DSR) &&
+						dsr_is_possible(packet, &backend.address) ?
+					CT_DSR :
+					CT_SNAT;
 	error = ct_create(packet, entry);
 	return error ? error : 1;
 }

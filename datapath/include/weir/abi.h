@@ -110,6 +110,7 @@ enum ct_flag {
 	CT_REV_NAT = 64,		/* client to backend: replies get .nat_* (the VIP) as source */
 	CT_UNJUDGED = 128,		/* this node's own traffic: allowed by the spec, never judged */
 	CT_SNAT = 256,			/* with CT_SERVICE: the backend sees this node's address (`snat`) */
+	CT_DSR = 512,			/* with CT_SERVICE: the backend's node answers the client */
 };
 
 enum event_kind {

@@ -100,6 +100,7 @@ class CtFlag(IntFlag):
     REV_NAT = 64
     UNJUDGED = 128
     SNAT = 256
+    DSR = 512
 
 
 class EventKind(IntEnum):
