@@ -22,7 +22,8 @@ from support.packet_node import GATEWAY_MAC, PEER_MAC, Book, Node, World
 from support.packets import TC_ACT_REDIRECT, XDP_PASS, assert_packet
 from support.xdp_node import XdpNode
 
-from weir.datapath.records import CtEntry, CtKey, SnatEntry, SnatKey, SnatKind
+from weir.api.address import parse
+from weir.datapath.records import CtEntry, CtFlag, CtKey, SnatEntry, SnatKey, SnatKind
 from weir.datapath.settings import Settings
 
 # The same functions, with this module's fixtures.
@@ -159,7 +160,7 @@ def test_entries_are_those_of_tc(
     "what",
     [
         "local backend", "no backend", "no service", "options", "last hop", "too big",
-        "fragment", "spoofed", "overlay",
+        "fragment", "spoofed", "overlay", "cut short",
     ],
 )  # fmt: skip
 def test_what_xdp_leaves_to_tc(native: XdpNode, node: XdpNode, net: Book, what: str) -> None:
@@ -174,9 +175,12 @@ def test_what_xdp_leaves_to_tc(native: XdpNode, node: XdpNode, net: Book, what: 
     ip = net.ip(source, net.vip, **fields)
     if what == "options":
         if net.family == 4:
-            ip.options = [b"\x01\x01\x01\x00"]
+            ip.ihl, ip.proto = 6, 17
+            ip = ip / Raw(bytes(udp)[:4])  # where the ports would be without
         else:
             ip = ip / IPv6ExtHdrDestOpt()
+    if what == "cut short":
+        setattr(ip, "len" if net.family == 4 else "plen", 200)
     if what == "fragment":
         if net.family == 4:
             ip.flags = "MF"
@@ -184,6 +188,42 @@ def test_what_xdp_leaves_to_tc(native: XdpNode, node: XdpNode, net: Book, what: 
             ip = ip / IPv6ExtHdrFragment(m=1)
     with tested.expect(sent=0, passed=1):
         tested.arrives(ip / udp / Raw(b"x" * size))
+
+
+@pytest.mark.parametrize("receiver", ["pod", "node", "client of no service", "client"])
+@SENDS
+def test_replies_for_others(native: XdpNode, net: Book, receiver: str) -> None:
+    """An answer to the node's address may be a masqueraded pod's, or the node's own."""
+    to = {"pod": net.a, "node": net.node}.get(receiver, net.world)
+    late = 2**31
+    key = SnatKey(parse(net.r), parse(net.node), 8080, 61000, 6, SnatKind.REVERSE)
+    native.tables.snat.update({key: SnatEntry(parse(to), 4000, late)})
+    low, high = sorted([(parse(net.r), 8080), (parse(to), 4000)])
+    flags = CtFlag.REPLIED | (0 if receiver == "client of no service" else CtFlag.REV_NAT)
+    if low[0] == parse(to):
+        flags |= CtFlag.ORIGIN_IS_LOW
+    flow = CtKey(low[0], high[0], low[1], high[1], 6)
+    native.tables.ct.update({flow: CtEntry(late, 0, flags, 1, parse(net.vip), 80)})
+    sent = receiver == "client"
+    with native.expect(sent=sent, passed=not sent):
+        native.arrives(net.ip(net.r, net.node) / TCP(sport=8080, dport=61000, flags="A"))
+
+
+@SENDS
+def test_a_backend_behind_another_device_is_tcs(native: XdpNode, net: Book) -> None:
+    native.service(17, 80, (net.world2, 8080))
+    route = [f"-{net.family}", "route", "replace", net.world2, "dev", "ov"]
+    neighbour = [f"-{net.family}", "neigh", "replace", net.world2, "lladdr", PEER_MAC, "dev", "ov"]
+    sent = net.ip(net.world, net.vip) / UDP(sport=1, dport=80)
+    with native.expect(sent=1):
+        native.arrives(sent)
+    native.world.ns.run("ip", *route)
+    native.world.ns.run("ip", *neighbour)
+    try:
+        with native.expect(sent=0, passed=1):
+            assert native.arrives(sent).code == TC_ACT_REDIRECT
+    finally:
+        native.world.ns.run("ip", f"-{net.family}", "route", "del", net.world2, "dev", "ov")
 
 
 def test_other_addresses_of_the_host_are_not_touched(native: XdpNode, net: Book) -> None:
