@@ -62,8 +62,9 @@ class LiveApi(FakeApi):
         status = changed.setdefault("status", {})
         patch = dict(body["status"])
         types = {condition["type"] for condition in patch.get("conditions", [])}
-        others = [c for c in status.get("conditions", []) if c["type"] not in types]
-        status.update(patch | {"conditions": others + patch.get("conditions", [])})
+        kept = [c for c in status.get("conditions", []) if c["type"] not in types]
+        kept += [c for c in patch.get("conditions", []) if c.get("$patch") != "delete"]
+        status.update(patch | {"conditions": kept})
         if changed != known:
             self.put(collection, changed)
         return web.json_response(changed)

@@ -59,6 +59,7 @@ RETRY_MOST_SECONDS = 30.0
 RESYNC_SECONDS = 60.0
 WRITE_SECONDS = 4.0  # less than a holder of the Lease has left when it steps down
 WRITES_AT_ONCE = 8
+STRATEGIC = "application/strategic-merge-patch+json"
 
 Report = Callable[[Reference, tuple[Problem, ...]], None]
 
@@ -92,6 +93,7 @@ class _Term:
     judged: dict[Key, Judged] = field(default_factory=dict)
     generation: int = -1
     touched: set[Key] = field(default_factory=set)
+    left: set[Key] = field(default_factory=set)  # no LoadBalancers any more, perhaps
     told: dict[Key, tuple[Problem, ...]] = field(default_factory=dict)
     told_pools: dict[Key, tuple[Problem, ...]] = field(default_factory=dict)
     cidrs: dict[Key, tuple[tuple[str, Range], ...]] = field(default_factory=dict)
@@ -113,7 +115,10 @@ class _Term:
         if new is None or (old is not None and old.uid != new.uid):
             self.allocator.service(key, None)
             self.told.pop(key, None)
+        if new is None and old is not None and old.shown.condition is not None:
+            self.left.add(key)
         if new is not None:
+            self.left.discard(key)
             self.balancers[key] = new
             self.allocator.service(key, new.wish, new.shown)
             self.touched.add(key)
@@ -211,6 +216,7 @@ class Assignments:
             await asyncio.sleep(SETTLE_SECONDS)  # what comes together is decided together
             self._decide(term)
             touched, term.touched = term.touched, set()
+            await self._clear(term)
             failed = await self._write(term, touched)
             failed |= await self._write_pools(term)
             if failed:
@@ -275,14 +281,22 @@ class Assignments:
         wanted = [key for key in sorted(keys) if _body_of(term, key) is not None]
         return not all(await asyncio.gather(*(one(key) for key in wanted)))
 
+    async def _clear(self, term: _Term) -> None:
+        """The API server takes the addresses of what is no LoadBalancer any more, and leaves our
+        condition. Most are gone altogether."""
+        while term.left:
+            path = _status_path(term.left.pop())
+            gone: dict[str, object] = {"conditions": [{"type": ASSIGNED, "$patch": "delete"}]}
+            body: dict[str, object] = {"status": gone}
+            await self._patch(path, body, STRATEGIC)
+
     async def _write_service(self, term: _Term, key: Key) -> bool:
         body = _body_of(term, key)
         if body is None:
             return True
-        path = f"/api/v1/namespaces/{key.namespace}/services/{key.name}/status"
         words = ", ".join(map(text, term.allocator.outcomes[key].addresses or ())) or "no address"
         logger.info("Service %s: %s", key, words)
-        return await self._patch(path, body, "application/strategic-merge-patch+json")
+        return await self._patch(_status_path(key), body, STRATEGIC)
 
     async def _write_pools(self, term: _Term) -> bool:
         failed = False
@@ -314,6 +328,10 @@ class Assignments:
             logger.warning("%s", error)
             return False
         return True
+
+
+def _status_path(key: Key) -> str:
+    return f"/api/v1/namespaces/{key.namespace}/services/{key.name}/status"
 
 
 def _content(judged: Judged) -> object:

@@ -207,6 +207,8 @@ async def test_released_with_the_type_and_taken_by_who_waits() -> None:
         await until(lambda: "other" in one.told, True)
         api.service("web", type="ClusterIP")
         await until(lambda: api.ingress("other"), ["192.0.2.0"])
+        objects = api.collection(SERVICES).objects
+        await until(lambda: objects["shop/web"]["status"]["conditions"], [])
 
 
 async def test_who_changes_the_service_meanwhile_is_not_overwritten() -> None:
