@@ -15,9 +15,11 @@ from support.worlds import endpoint
 
 from weir.agent.config import parse_config
 from weir.agent.errors import ConfigError
+from weir.agent.frontends import NodePortRule
 from weir.agent.servers import Known
 from weir.agent.store import Position
 from weir.agent.stream import Assembler, OperatorStream
+from weir.api.address import parse_cidr
 from weir.api.v1 import weir_pb2 as pb
 from weir.cni.endpoint import LocalEndpoint
 
@@ -125,6 +127,9 @@ def test_all_bad_settings_are_reported_together() -> None:
         "masqueradeExcludeCIDRs": ["10.0.0.0/33"],
         "apiServer": "10.0.0.1:6443",
         "maps": {"policy": -1, "plicy": 5},
+        "nodePortAddresses": ["primary", "10.0.0.0/8"],
+        "loadBalancer": {"algorithm": "best", "maglevTableSize": 4096, "mode": "nat"},
+        "metricsAddress": "everywhere",
         "typo": 1,
     }
     with pytest.raises(ConfigError) as caught:
@@ -138,6 +143,11 @@ def test_all_bad_settings_are_reported_together() -> None:
         "apiServer",
         "maps.policy",
         "maps.plicy",
+        "primary stands alone",
+        "loadBalancer.algorithm",
+        "4096 is not a prime",
+        "loadBalancer.mode",
+        "everywhere",
         "typo",
         "NODE_NAME",
     ):
@@ -147,13 +157,31 @@ def test_all_bad_settings_are_reported_together() -> None:
 def test_the_charts_values_are_understood() -> None:
     config = parse_config(
         "test",
-        {"routing": "native", "mtu": 0, "uplinks": ["eth0"], "maps": {"conntrack": 1000}},
+        {
+            "routing": "native",
+            "mtu": 0,
+            "uplinks": ["eth0"],
+            "maps": {"conntrack": 1000, "maglev": 2000},
+            "nodePortAddresses": ["10.0.0.0/8"],
+            "loadBalancer": {"algorithm": "maglev", "maglevTableSize": 251, "mode": "dsr"},
+        },
         ENVIRONMENT,
     )
     assert not config.tunnel
     assert config.uplinks == ("eth0",)
     assert config.sizes.ct == 1000
     assert config.sizes.policy is None
+    assert config.sizes.maglev == 2000
+    assert config.node_ports == NodePortRule((parse_cidr("10.0.0.0/8"),))
+    assert (config.maglev_table_size, config.dsr) == (251, True)
+
+
+def test_without_settings_for_services_there_are_no_tables() -> None:
+    config = parse_config("test", {"loadBalancer": {"maglevTableSize": 251}}, ENVIRONMENT)
+    assert (config.maglev_table_size, config.dsr) == (0, False)
+    assert config.node_ports == NodePortRule()
+    primary = parse_config("test", {"nodePortAddresses": ["primary"]}, ENVIRONMENT)
+    assert primary.node_ports == NodePortRule(primary=True)
 
 
 class Cutter:

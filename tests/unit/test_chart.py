@@ -162,9 +162,9 @@ def test_image_tag_defaults_to_the_chart_s_app_version() -> None:
             'nodePortAddresses=["primary"]', "nodePortAddresses", ["primary"], id="node-ports"
         ),
         pytest.param(
-            'loadBalancer={"algorithm":"maglev","maglevTableSize":251}',
+            'loadBalancer={"algorithm":"maglev","maglevTableSize":251,"mode":"dsr"}',
             "loadBalancer",
-            {"algorithm": "maglev", "maglevTableSize": 251},
+            {"algorithm": "maglev", "maglevTableSize": 251, "mode": "dsr"},
             id="maglev",
         ),
         pytest.param("agent.resyncSeconds=7", "resyncSeconds", 7, id="resync"),

@@ -70,7 +70,9 @@ class App:
         self._gate = Gate()
         self._settings = settings_of(config, facts, features)
         self._version = _version()
-        self.projection = Projection(ServiceSettings(config.node_ports, config.maglev_table_size))
+        self.projection = Projection(
+            ServiceSettings(config.node_ports, config.maglev_table_size, config.dsr)
+        )
         self._store = Store(paths.state / "state")
         explainer = Explainer(self.projection, self._store.resources)
         self.flows = Flows(

@@ -150,16 +150,17 @@ def _shortened(services: Mapping[Hashable, Any], outcome: Outcome) -> Mapping[Ha
 def compare(table: AnyTable, desired: Mapping[Any, Any]) -> dict[Any, Any]:
     """Keys at which the kernel differs, with what it holds there (None: nothing).
 
-    Memory holds the differences and a set of keys, not the table.
+    Memory holds the differences and the keys, not the table. What is missing is in the order of the
+    desired rows: of a service whose slots do not all fit, the first ones do.
     """
-    missing = set(desired)
+    missing = dict.fromkeys(desired)
     differing: dict[Any, Any] = {}
     for key, row in table.items():
         if key in missing:
-            missing.discard(key)
+            del missing[key]
             if desired.get(key) != row:
                 differing[key] = row
         else:
             differing[key] = row
-    differing.update(dict.fromkeys(missing))
+    differing.update(missing)
     return differing

@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 ROUTINGS = ("vxlan", "native")
 ALGORITHMS = ("random", "maglev")
+MODES = ("snat", "dsr")
 PRIMARY = "primary"
 XDP_SETTINGS = tuple(XDP_MODES)
 LEVELS = ("debug", "info", "warning", "error")
@@ -58,6 +59,7 @@ class Config:
     comparisons with the kernel. operators: host:port of operators, for tests and clusters whose
     API is not to be asked; empty asks the API server. unmanaged: wire containers that are no
     pods (cnitool), outside every policy. maglev_table_size: 0 chooses backends at random.
+    dsr: backends on other nodes answer clients outside the cluster themselves.
     metrics_address: besides the loopback, on which health is always answered. proxy_health_port:
     where /healthz is answered as kube-proxy does, 0: nowhere."""
 
@@ -77,6 +79,7 @@ class Config:
     sizes: Sizes = field(default_factory=Sizes)
     node_ports: NodePortRule = ALL_ADDRESSES
     maglev_table_size: int = 0
+    dsr: bool = False
     metrics_address: str = "127.0.0.1"
     metrics_port: int = 9880
     proxy_health_port: int = 0
@@ -143,6 +146,7 @@ def parse_config(
         ),
         node_ports=_node_ports(reader),
         maglev_table_size=_maglev_table_size(balancer),
+        dsr=balancer.choice("mode", MODES, "snat") == "dsr",
         metrics_address=reader.address("metricsAddress", "127.0.0.1"),
         metrics_port=reader.number(
             "metricsPort", 9880, lambda n: 0 <= n < 65536, "a port, or 0 for none"

@@ -212,7 +212,8 @@ class Reconciler:
         features = self.projection.features
         await self._write_features(features | (self._features or 0))
         await self._apply([g for g in due if await self._look(g, delta)], delta, retired)
-        await self._write_features(features)
+        if not self.health["services"].error:
+            await self._write_features(features)
         if self._follower is not None and not self.health["services"].error:
             self._follower.published()
         self.statistics.rounds += 1

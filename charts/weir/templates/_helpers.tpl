@@ -50,6 +50,7 @@ nodePortAddresses: {{ toJson .Values.nodePortAddresses }}
 loadBalancer:
   algorithm: {{ .Values.loadBalancer.algorithm }}
   maglevTableSize: {{ .Values.loadBalancer.maglevTableSize | int64 }}
+  mode: {{ .Values.loadBalancer.mode }}
 metricsAddress: {{ .Values.agent.metricsAddress | quote }}
 metricsPort: {{ .Values.agent.metricsPort }}
 proxyHealthPort: {{ .Values.agent.proxyHealthPort }}
