@@ -142,35 +142,67 @@ def test_a_wrong_checksum_stays_wrong(node: Node, net: Book) -> None:
     assert out.packet[-len(good) :] != good
 
 
-def fragments(net: Book, source: str, target: str, packet: Sctp) -> list[Packet]:
-    """The packet in two parts, the first of 24 bytes."""
+def fragments(net: Book, source: str, target: str, packet: Sctp, first: int) -> list[Packet]:
+    """The packet in two parts, the first of so many bytes."""
     data = bytes(packet)
-    first, later = Raw(data[:24]), Raw(data[24:])
+    head, rest = Raw(data[:first]), Raw(data[first:])
     if net.family == 4:
         common = {"proto": sctp.PROTOCOL, "id": 7}
         return [
-            net.ip(source, target, flags="MF", **common) / first,
-            net.ip(source, target, frag=3, **common) / later,
+            net.ip(source, target, flags="MF", **common) / head,
+            net.ip(source, target, frag=first // 8, **common) / rest,
         ]
     return [
-        net.ip(source, target) / IPv6ExtHdrFragment(offset=0, m=1, id=7, nh=132) / first,
-        net.ip(source, target) / IPv6ExtHdrFragment(offset=3, m=0, id=7, nh=132) / later,
+        net.ip(source, target) / IPv6ExtHdrFragment(offset=0, m=1, id=7, nh=132) / head,
+        net.ip(source, target) / IPv6ExtHdrFragment(offset=first // 8, m=0, id=7, nh=132) / rest,
     ]
 
 
-def test_fragments_cannot_change_port(node: Node, net: Book) -> None:
-    """The checksum depends on the whole's length. With the same port they pass."""
-    whole = Sctp(4000, PORT, sctp.chunk(sctp.DATA, bytes(100)))
+AUTH = sctp.chunk(15, bytes(24))
+
+
+@pytest.mark.parametrize(
+    ("chunks", "first"),
+    [
+        pytest.param(sctp.chunk(sctp.DATA, bytes(100)), 24, id="one chunk"),
+        pytest.param(sctp.chunk(sctp.DATA, bytes(101)), 112, id="only padding is missing"),
+        pytest.param(AUTH + sctp.chunk(sctp.DATA, bytes(range(200))), 48, id="authenticated"),
+        pytest.param(sctp.chunk(sctp.DATA) * 3 + sctp.chunk(sctp.DATA, bytes(90)), 64, id="four"),
+    ],
+)
+def test_fragments(node: Node, net: Book, chunks: bytes, first: int) -> None:
+    """What a sender does when the path turned out smaller than a chunk: the checksum is of the
+    whole, whose length the chunk that is cut tells."""
+    whole = Sctp(4000, PORT, chunks)
     node.service(sctp.PROTOCOL, PORT, (net.b, TARGET))
-    for part in fragments(net, net.a, net.vip, whole):
+    sent = fragments(net, net.a, net.vip, whole, first)
+    expected = fragments(net, net.a, net.b, whole.but(dport=TARGET), first)
+    for part, arrives in zip(sent, expected, strict=True):
         out = node.from_pod("a", part)
-        assert (out.code, out.drops) == (TC_ACT_SHOT, {DropReason.FRAGMENT: 1})
+        assert (out.code, out.drops) == (TC_ACT_REDIRECT, {})
+        assert_packet(out.packet, to_pod("b", arrives))
+
+
+@pytest.mark.parametrize(
+    ("chunks", "first"),
+    [
+        pytest.param(sctp.chunk(sctp.DATA, bytes(100)), 8, id="not even a checksum"),
+        pytest.param(sctp.chunk(sctp.DATA) * 9, 32, id="cut between chunks"),
+        pytest.param(sctp.chunk(sctp.DATA) * 9, 40, id="many chunks"),
+    ],
+)
+def test_fragments_that_tell_no_length(node: Node, net: Book, chunks: bytes, first: int) -> None:
+    """They cannot get another port. With the same port they pass."""
+    whole = Sctp(4000, PORT, chunks)
+    node.service(sctp.PROTOCOL, PORT, (net.b, TARGET))
+    out = node.from_pod("a", fragments(net, net.a, net.vip, whole, first)[0])
+    assert (out.code, out.drops) == (TC_ACT_SHOT, {DropReason.FRAGMENT: 1})
     node.tables.ct.delete(list(node.flows()))
     node.service(sctp.PROTOCOL, PORT, (net.b, PORT))
-    for part, expected in zip(
-        fragments(net, net.a, net.vip, whole), fragments(net, net.a, net.b, whole), strict=True
-    ):
-        assert_packet(node.from_pod("a", part).packet, to_pod("b", expected))
+    sent = fragments(net, net.a, net.vip, whole, first)
+    expected = fragments(net, net.a, net.b, whole, first)
+    for part, arrives in zip(sent, expected, strict=True):
+        assert_packet(node.from_pod("a", part).packet, to_pod("b", arrives))
 
 
 def unreachable(net: Book, source: str, target: str, quoted: bytes) -> Packet:

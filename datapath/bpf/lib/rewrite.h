@@ -87,12 +87,26 @@ static __always_inline bool has_ports(__u8 l4_proto)
 	return checksum_field(l4_proto) || l4_proto == IPPROTO_SCTP;
 }
 
-/* A fragmented SCTP packet cannot get another port: its checksum depends on how long the whole
- * is, which the first part does not say. All parts go, or the receiver would keep the rest. */
-static __always_inline bool rewrite_is_impossible(const struct packet *packet)
+/* Where a packet of SCTP ends, in bytes of the frame. The first part of a fragmented one says it:
+ * only a chunk that is too long for the path, and last, makes a packet too long. 0: unknown. */
+__subprogram __u32 sctp_end(struct __sk_buff *ctx, const struct packet *packet)
 {
-	return packet->fragment && packet->flow.l4_proto == IPPROTO_SCTP &&
-	       !packet->quoted_l3_offset;
+	__u32 here = ETH_HLEN + packet->l3_length;
+	__u32 offset = packet->l4_offset + sizeof(struct sctp_header);
+
+	if (packet->fragment == FRAGMENT_NONE)
+		return here;
+	for (int i = 0; i < SCTP_CHUNKS_MAX; i++) {
+		struct sctp_chunk chunk;
+
+		if (offset + sizeof(chunk) > here ||
+		    bpf_skb_load_bytes(ctx, offset, &chunk, sizeof(chunk)))
+			return 0;
+		offset += (bpf_ntohs(chunk.length) + 3) & ~3u;
+		if (offset > here)
+			return offset;
+	}
+	return 0;
 }
 
 /* SCTP's checksum, before @from becomes @to. 0 says that the sender's device is to fill it in,
@@ -101,13 +115,16 @@ static __always_inline int update_crc(struct __sk_buff *ctx, const struct packet
 				      __u32 port_offset, __be16 from, __be16 to)
 {
 	__u32 field = packet->l4_offset + offsetof(struct sctp_header, checksum);
-	__u32 end = ETH_HLEN + packet->l3_length;
 	__be32 checksum;
+	__u32 end;
 
 	if (bpf_skb_load_bytes(ctx, field, &checksum, sizeof(checksum)))
-		return -DROP_REWRITE;
+		return -DROP_FRAGMENT;	/* nothing else may be so short: parse_sctp() */
 	if (!checksum)
 		return 0;
+	end = sctp_end(ctx, packet);
+	if (!end)
+		return -DROP_FRAGMENT;
 	checksum ^= crc32c_difference(from, to, end - port_offset);
 	return bpf_skb_store_bytes(ctx, field, &checksum, sizeof(checksum),
 				   BPF_F_RECOMPUTE_CSUM) ? -DROP_REWRITE : 0;
@@ -206,8 +223,6 @@ __subprogram int rewrite(struct __sk_buff *ctx, struct packet *packet, enum pack
 
 	if (address_is_ipv4(address) != !packet->ipv6)
 		return -DROP_REWRITE;
-	if (old_port != port && rewrite_is_impossible(packet))
-		return -DROP_FRAGMENT;
 	/* A router's error keeps its own source. */
 	if (end == END_DESTINATION || address_equal(&old, &packet->sender)) {
 		error = rewrite_l3(ctx, packet, ETH_HLEN, end, address, diff);

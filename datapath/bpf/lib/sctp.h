@@ -12,7 +12,14 @@ struct sctp_header {
 };
 _Static_assert(sizeof(struct sctp_header) == 12, "sctp_header");
 
-enum sctp_chunk {
+struct sctp_chunk {
+	__u8 type;			/* enum sctp_chunk_type */
+	__u8 flags;
+	__be16 length;			/* with this header, without the padding to 4 bytes */
+};
+_Static_assert(sizeof(struct sctp_chunk) == 4, "sctp_chunk");
+
+enum sctp_chunk_type {
 	SCTP_DATA = 0,
 	SCTP_INIT = 1,
 	SCTP_INIT_ACK = 2,
@@ -24,3 +31,6 @@ enum sctp_chunk {
 /* Common header, the first chunk's header and, of an INIT, its tag: an ICMP error that quotes
  * less of an INIT is not believed (RFC 9260, 10). */
 #define SCTP_QUOTE 20
+
+/* Chunks looked at in a first fragment: authentication and the long one, and some room. */
+#define SCTP_CHUNKS_MAX 4
