@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -35,6 +36,13 @@ class Outsider(Probe):
         return subprocess.Popen(
             [*self._enter, sys.executable, _PROBE, "serve"], env=self.environment
         )
+
+    def neighbours(self) -> dict[str, str]:
+        """MAC addresses that its kernel knows, by address."""
+        listed = subprocess.run(
+            [*self._enter, "ip", "-json", "neigh", "show"], check=True, capture_output=True
+        )
+        return {n["dst"]: n["lladdr"] for n in json.loads(listed.stdout) if "lladdr" in n}
 
     @contextmanager
     def routes(self, addresses: dict[str, str]) -> Iterator[None]:
