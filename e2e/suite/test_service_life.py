@@ -67,9 +67,8 @@ def test_killed_parts_cost_a_download_nothing(
             outside_client.call, "transfer", timeout=150, host=node[cluster.families[0]],
             port=ports.tcp, size=DOWNLOAD,
         )  # fmt: skip
-        for _ in range(3):
-            time.sleep(1)
-            fault(cluster)
+        time.sleep(1)
+        fault(cluster)
         wait_until_recovered(cluster)
         done = download.result()
     assert done["sent"], done
