@@ -12,7 +12,7 @@ import functools
 from collections.abc import Iterator
 
 import pytest
-from bpf import test_frontends
+from bpf import test_dsr, test_flow_life, test_frontends
 from scapy.layers.inet import TCP, UDP
 from scapy.layers.inet6 import IPv6ExtHdrDestOpt, IPv6ExtHdrFragment
 from scapy.layers.l2 import Dot1Q, Ether
@@ -23,13 +23,19 @@ from support.packets import TC_ACT_REDIRECT, XDP_PASS, assert_packet
 from support.xdp_node import XdpNode
 
 from weir.api.address import parse
-from weir.datapath.records import CtEntry, CtFlag, CtKey, SnatEntry, SnatKey, SnatKind
+from weir.datapath.records import CtEntry, CtFlag, CtKey, ServiceFlag, SnatEntry, SnatKey, SnatKind
 from weir.datapath.settings import Settings
 
 # The same functions, with this module's fixtures.
-for _name in dir(test_frontends):
-    if _name.startswith("test_"):
-        globals()[_name] = getattr(test_frontends, _name)
+for _module in (test_frontends, test_flow_life, test_dsr):
+    _prefix = _module.__name__.rpartition(".")[2]
+    for _name in dir(_module):
+        if _name.startswith("test_"):
+            globals()[_prefix + _name.removeprefix("test")] = getattr(_module, _name)
+
+
+# A fixture of its own.
+backend = test_flow_life.backend
 
 
 def made(datapaths: Datapaths, settings: Settings, world: World, net: Book) -> Iterator[XdpNode]:
@@ -46,7 +52,19 @@ def node(datapaths: Datapaths, settings: Settings, world: World, net: Book) -> I
 
 @pytest.fixture
 def native(datapaths: Datapaths, settings: Settings, world: World, net: Book) -> Iterator[XdpNode]:
-    chosen = dataclasses.replace(settings, tunnel=False, masquerade=False, xdp_services=True)
+    chosen = dataclasses.replace(settings, tunnel=False, xdp_services=True)
+    yield from made(datapaths, chosen, world, net)
+
+
+@pytest.fixture(params=["vxlan", "native"])
+def either(
+    request: pytest.FixtureRequest,
+    datapaths: Datapaths,
+    settings: Settings,
+    world: World,
+    net: Book,
+) -> Iterator[XdpNode]:
+    chosen = dataclasses.replace(settings, tunnel=request.param == "vxlan", xdp_services=True)
     yield from made(datapaths, chosen, world, net)
 
 
@@ -188,6 +206,20 @@ def test_what_xdp_leaves_to_tc(native: XdpNode, node: XdpNode, net: Book, what: 
             ip = ip / IPv6ExtHdrFragment(m=1)
     with tested.expect(sent=0, passed=1):
         tested.arrives(ip / udp / Raw(b"x" * size))
+
+
+@SENDS
+def test_direct_server_return(native: XdpNode, net: Book) -> None:
+    """The first packet of a connection is tc's, which writes the frontend into it. The others are
+    XDP's: the pod's node answers, so they keep the client's address."""
+    native.service(6, 80, (net.r, 8080), flags=ServiceFlag.DSR)
+    with native.expect(sent=0, passed=1):
+        native.arrives(net.ip(net.world, net.vip) / segment("tcp", 4000, 80))
+    with native.expect(sent=1):
+        out = native.arrives(net.ip(net.world, net.vip) / segment("tcp", 4000, 80, "PA"))
+    there = net.ip(net.world, net.r, **net.ttl(63))
+    assert_packet(out.packet, on_wire(there / segment("tcp", 4000, 8080, "PA")))
+    assert list(native.tables.snat.items()) == []
 
 
 @pytest.mark.parametrize("receiver", ["pod", "node", "client of no service", "client"])

@@ -8,7 +8,7 @@
 #include "lib/frontend.h"
 
 /* To the backend. False: tc's. */
-__subprogram bool forward_to_backend(struct packet *packet)
+static __always_inline bool forward_to_backend(struct packet *packet)
 {
 	struct ct_entry *entry = ct_find(packet);
 	struct ct_entry chosen = {};
@@ -22,10 +22,12 @@ __subprogram bool forward_to_backend(struct packet *packet)
 	} else if (event_is_wanted(EVENT_ALLOW) || service_choose(packet, &chosen) <= 0) {
 		return false;	/* tc tells of new flows */
 	}
-	if (!(chosen.flags & CT_SNAT))
+	if (!(chosen.flags & (CT_SNAT | CT_DSR)))
 		return false;
 	service_note(packet, &chosen);
 	packet_set_end(packet, END_DESTINATION, &chosen.nat_address, chosen.nat_port);
+	if (packet->dsr)
+		return !dsr_bytes(packet);	/* tc writes what the first packet carries */
 
 	entry = ct_own(packet, ct_find(packet));
 	if (entry)
@@ -38,15 +40,12 @@ __subprogram bool forward_to_backend(struct packet *packet)
 	return true;
 }
 
-/* What a backend elsewhere answered, to the client. False: tc's. */
-__subprogram bool forward_to_client(struct packet *packet)
+/* What a backend elsewhere answered, to its @receiver. False: tc's. */
+static __always_inline bool forward_to_client(struct packet *packet,
+					      const struct snat_entry *receiver)
 {
-	const struct snat_entry *receiver = snat_receiver(packet);
-	struct ip_addr address;
+	struct ip_addr address = receiver->address;
 
-	if (!receiver)
-		return false;
-	address = receiver->address;
 	if (endpoint_find(&address))
 		return false;
 	packet_set_end(packet, END_DESTINATION, &address, receiver->port);
@@ -64,18 +63,19 @@ __subprogram bool forward_to_client(struct packet *packet)
 }
 
 /* Changes the packet's flow to what is to leave. False: tc's, also what has no business here. */
-static __always_inline bool forward_decide(struct packet *packet)
+__subprogram bool forward_decide(struct packet *packet)
 {
 	const struct tuple *flow = &packet->flow;
-	bool returns = snat_receiver(packet);
+	const struct snat_entry *receiver;
 
 	if (packet->hop_limit <= 1)
 		return false;
-	if (!returns && (endpoint_find(&flow->destination) || !frontend_is_asked(packet)))
+	receiver = snat_receiver(packet);
+	if (!receiver && (endpoint_find(&flow->destination) || !frontend_is_asked(packet)))
 		return false;
 	if (arrive_is_spoofed(packet))
 		return false;
-	return returns ? forward_to_client(packet) : forward_to_backend(packet);
+	return receiver ? forward_to_client(packet, receiver) : forward_to_backend(packet);
 }
 
 /* The neighbour for the packet's flow. False: tc's, also if it is at another device. */
