@@ -24,7 +24,7 @@ static __always_inline bool arrive_is_stray(const struct packet *packet)
 static __always_inline int arrive_at_pod(struct __sk_buff *ctx, struct packet *packet,
 					 const struct endpoint *destination)
 {
-	int verdict = packet->service ? 0 : dsr_take(ctx, packet);
+	int verdict = !packet->service && dsr_may_be_there(packet) ? dsr_take(ctx, packet) : 0;
 
 	if (verdict < 0)
 		return drop(ctx, packet, verdict);

@@ -186,6 +186,14 @@ static __always_inline int dsr_cut_ipv6(struct __sk_buff *ctx)
 	return 0;
 }
 
+/* Whether something lies between the IP header and the transport's: almost never. */
+static __always_inline bool dsr_may_be_there(const struct packet *packet)
+{
+	__u32 header = packet->ipv6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr);
+
+	return packet->l4_offset != ETH_HLEN + header;
+}
+
 /* Takes out what another node wrote: the flow is then one of a service, as if the choice had been
  * made here. Nobody is to answer as somebody that is no frontend. 0 or a drop reason. */
 __subprogram int dsr_take(struct __sk_buff *ctx, struct packet *packet)

@@ -6,18 +6,27 @@
 #include "lib/arrive.h"
 #include "lib/snat.h"
 
-/* Whether the packet can be for a service. A connection outlives its service, and an error comes
- * from anybody; of the host's other packets one lookup says that they are its own. */
-static __always_inline bool frontend_is_asked(const struct packet *packet)
+static __always_inline bool frontend_exists(const struct packet *packet)
 {
 	const struct tuple *flow = &packet->flow;
 
-	if (service_find(&flow->destination, flow->destination_port, flow->l4_proto,
-			 SCOPE_INTERNAL))
-		return true;
+	return service_find(&flow->destination, flow->destination_port, flow->l4_proto,
+			    SCOPE_INTERNAL);
+}
+
+/* A connection outlives its service, and an error comes from anybody. */
+static __always_inline bool frontend_may_be_gone(const struct packet *packet)
+{
 	return packet->quoted_l3_offset ||
-	       (is_connection(packet) && packet->fragment != FRAGMENT_LATER &&
+	       (packet->flow.l4_proto == IPPROTO_TCP && packet->fragment != FRAGMENT_LATER &&
 		!(packet->tcp_flags & TCP_SYN));
+}
+
+/* Whether the packet can be for a service. Of most of the host's other packets one lookup says
+ * that they are its own. */
+static __always_inline bool frontend_is_asked(const struct packet *packet)
+{
+	return frontend_exists(packet) || frontend_may_be_gone(packet);
 }
 
 /* To a node by the underlay, where that node's own packets come from. */
@@ -130,9 +139,13 @@ static __always_inline int frontend_refuse(struct __sk_buff *ctx, struct packet 
 /* Sends what asks for a service to a backend: packet->service is set then. 0 or a drop reason. */
 static __always_inline int frontend_ask(struct __sk_buff *ctx, struct packet *packet)
 {
-	if (!frontend_is_asked(packet))
+	bool exists = frontend_exists(packet);
+
+	if (!exists && !frontend_may_be_gone(packet))
 		return 0;
-	return service_to_backend(ctx, packet, ct_find(packet));
+	struct ct_entry *entry = ct_find(packet);
+
+	return exists || entry ? service_to_backend(ctx, packet, entry) : 0;
 }
 
 /* What is for no pod of this node: to the backend, or back to the client. */
