@@ -122,8 +122,8 @@ class AgentNode:
                 stderr=log,
             )
 
-    def wait_ready(self) -> None:
-        deadline = time.monotonic() + SECONDS
+    def wait_ready(self, seconds: float = SECONDS) -> None:
+        deadline = time.monotonic() + seconds
         last: object = "nothing"
         while time.monotonic() < deadline:
             assert self.process is not None

@@ -38,6 +38,7 @@ NET = {
 }
 VIP_ROUTES = ("10.96.0.0/24", "198.51.100.0/24", "203.0.113.0/24",
               "fd00:96::/64", "2001:db8:100::/64", "2001:db8:113::/64")  # fmt: skip
+START_SECONDS = 90.0  # three agents' programs are verified side by side
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 OUTSIDE = 254
 SERVERS = {
@@ -171,7 +172,7 @@ def service_world(folder: Path, routing: str) -> Iterator[ServiceWorld]:
         world = ServiceWorld()
         cgroups = {n: _start_node(stack, world, folder, n, routing) for n in NODES}
         for node in world.nodes.values():
-            node.wait_ready()
+            node.wait_ready(START_SECONDS)
         outside = world.nodes[FRONT].outside
         for prefix in VIP_ROUTES:
             via = node_address(FRONT, 6 if ":" in prefix else 4)
