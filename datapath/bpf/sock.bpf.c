@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* cgroup root: connect, sendmsg, recvmsg and getpeername of every process on the node. The v6
- * hooks see v4-mapped sockets too; struct ip_addr writes both alike. */
+/* cgroup root: connect, sendmsg, recvmsg and getpeername of every process on the node, and the end
+ * of its sockets. The v6 hooks see v4-mapped sockets too; struct ip_addr writes both alike. */
 #include "lib/sock.h"
 
 /* One field at a time: the verifier takes no computed offsets into the context. */
@@ -130,6 +130,30 @@ SEC("cgroup/getpeername6")
 int sock_getpeername6(struct bpf_sock_addr *ctx)
 {
 	return restore6(ctx);
+}
+
+/* A connected socket takes its row with it: else those of closed ones would fill the map. Rows of
+ * unconnected ones stay until LRU needs their room, as the socket does not know them. All fields
+ * are read first: merged branches would give the verifier a computed offset into the context. */
+SEC("cgroup/sock_release")
+int sock_release(struct bpf_sock *ctx)
+{
+	struct sock_nat_key key = {
+		.port = ctx->dst_port,
+		.protocol = ctx->protocol,
+	};
+	__u32 family = *(volatile __u32 *)&ctx->family;
+	__u32 ipv4 = *(volatile __u32 *)&ctx->dst_ip4;
+
+	if (!key.port)
+		return SOCK_ALLOW;
+	for (int i = 0; i < 4; i++)
+		key.address.word[i] = *(volatile __u32 *)&ctx->dst_ip6[i];
+	if (family == SOCK_IPV4)
+		address_set_ipv4(&key.address, ipv4);
+	key.cookie = bpf_get_socket_cookie(ctx);
+	bpf_map_delete_elem(&sock_nat, &key);
+	return SOCK_ALLOW;
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -48,7 +48,7 @@ def test_all_roles_stay_attached_over_a_restart(
             datapath.close()
     print(f"open: {spent[0] * 1000:.0f} ms, again: {spent[1] * 1000:.0f} ms")
     assert ids[0] == ids[1]
-    assert len(ids[0]) == 15
+    assert len(ids[0]) == 16
 
 
 OPEN = """

@@ -244,12 +244,21 @@ def test_other_addresses_are_left_alone(box: Box, family: str) -> None:
 
 
 def test_rows(box: Box) -> None:
-    """A connection leaves one row: from its backend to the VIP."""
+    """A connection has one row: from its backend to the VIP."""
     box.service("4", "tcp", 80, 8080)
-    box.run(
-        "4", "tcp_server(8080)\ns = client(socket.SOCK_STREAM); s.connect((vip, 80)); s.recv(9)"
+    process = box.start(
+        "4",
+        """
+        tcp_server(8080)
+        s = client(socket.SOCK_STREAM); s.connect((vip, 80)); s.recv(9)
+        print(flush=True); sys.stdin.readline()
+        """,
     )
-    [(key, value)] = box.datapath.tables.sock_nat.items()
+    assert process.stdout
+    process.stdout.readline()
+    rows = list(box.datapath.tables.sock_nat.items())
+    process.communicate("\n", timeout=60)
+    [(key, value)] = rows
     assert key == SockNatKey(key.cookie, parse("127.0.0.1"), 8080, socket.IPPROTO_TCP)
     assert (value.address, value.port, value.service) == (parse(VIP["4"]), 80, 1)
 
@@ -358,8 +367,43 @@ def test_node_ports_on_the_loopback_address(
             host.tables.backends.update({BackendKey(2, 0): Backend(parse(LOCAL[family]), 8081)})
             own = ServiceKey(parse(LOCAL[family]), 30080, PROTO["tcp"], 0)
             host.tables.services.update({own: Service(2, 1, 0, 0)})
-            seen = Box(host, other, box.ns).run(family, script.replace("tcp_server(8080)", "tcp_server(8081)"))
+            changed = script.replace("tcp_server(8080)", "tcp_server(8081)")
+            seen = Box(host, other, box.ns).run(family, changed)
             assert seen == ["8081", LOCAL[family], "30080"]
         finally:
             host.close()
             Datapath.remove(root)
+
+
+@FAMILIES
+def test_a_closed_socket_takes_its_row_with_it(box: Box, family: str) -> None:
+    """A connected one's, however it ends; an unconnected socket does not know its rows."""
+    for proto in PROTO:
+        box.service(family, proto, 80, 8080)
+    script = """
+    tcp_server(8080); udp_server(8080)
+    left = []
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        for _ in range(20):
+            s = client(kind); s.connect((vip, 80)); s.send(b"?"); s.recv(9); s.close()
+        left.append(client(kind)); left[-1].connect((vip, 80))
+    print(flush=True); sys.stdin.readline()
+    s = client(socket.SOCK_DGRAM); s.sendto(b"?", (vip, 80)); s.recv(9); s.close()
+    print(flush=True); sys.stdin.readline()
+    """
+    process = box.start(family, script)
+    assert process.stdin
+    assert process.stdout
+
+    def rows() -> list[tuple[int, int]]:
+        return sorted((key.protocol, key.port) for key, _ in box.datapath.tables.sock_nat.items())
+
+    process.stdout.readline()
+    assert rows() == [(6, 8080), (17, 8080)]
+    process.stdin.write("\n")
+    process.stdin.flush()
+    process.stdout.readline()
+    assert rows() == [(6, 8080), (17, 80), (17, 8080), (17, 8080)]
+    _, errors = process.communicate("\n", timeout=60)
+    assert process.returncode == 0, errors
+    assert rows() == [(17, 80), (17, 8080)]

@@ -15,8 +15,8 @@ is missing: then one flow may be judged anew, or one idle masqueraded connection
 it wakes up in that very microsecond.
 
 `fragments` tells no time and is 0.9 MB that LRU uses over and over: there is nothing to gain.
-`sock_nat` has no expiry: it is counted, but being full of closed sockets is its normal state and no
-reason to warn.
+`sock_nat` has no expiry, and unconnected sockets leave their rows behind: it is counted, but to be
+full of them is no reason to warn.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@
 #include "lib/settings.h"
 
 #define SOCK_REFUSED 111		/* ECONNREFUSED */
+#define SOCK_IPV4 2			/* AF_INET */
 
 enum sock_verdict {
 	SOCK_DENY = 0,
