@@ -113,3 +113,21 @@ def test_a_rolling_restart_of_backends_loses_no_connection(
         delete(gone, wait=True)
     found = problems(flows)
     assert not found, "\n".join(found)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("protocol", "count"), [("tcp", 6000), ("udp", 4000)])
+def test_many_short_flows_through_another_node_s_port(
+    cluster: World, outside_client: Outsider, objects: Objects, protocol: str, count: int
+) -> None:
+    """More TCP connections in a row than the node has ports for one backend."""
+    objects.apply(frontend(cluster.a, "many", {"number": "2"}, type="NodePort"))
+    port = node_ports(cluster.a, "many").of(protocol)
+    host = node_addresses()[cluster.nodes[0]][cluster.families[0]]
+    target = [protocol, host, port]
+    found = outside_client.call("until", target=target, want="answer", deadline=PROPAGATION_S)
+    assert found.get("name") == "web-2", found
+    counted = outside_client.call(
+        "spread", timeout=200, protocol=protocol, host=host, port=port, count=count
+    )
+    assert counted == {"web-2": count}, counted
