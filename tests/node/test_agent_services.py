@@ -10,7 +10,7 @@ import socket
 import sys
 from pathlib import Path
 
-from support.agents import AgentNode, service_resources
+from support.agents import AgentNode, node_resource, service_resources
 from support.namespaces import NetNs
 from support.operators import ScriptedOperator
 from support.traffic import eventually
@@ -130,6 +130,12 @@ def test_health_checks_answer_as_kube_proxy_does(
     status, headers, body = get(agent.outside, ADDRESSES[0], HEALTH_PORT)
     assert (status, headers["X-Load-Balancing-Endpoint-Weight"]) == (503, "0")
     assert json.loads(body)["localEndpoints"] == 0
+    leaving = node_resource("node1", list(ADDRESSES), ["10.244.1.0/24", "fd00:244:1::/64"])
+    leaving.node.leaving = True
+    operator.wait_acknowledged(operator.set(leaving))
+    status, _, body = get(agent.outside, ADDRESSES[0], PROXY_PORT, "/healthz")
+    assert (status, json.loads(body)["nodeEligible"]) == (503, False)
+    assert get(agent.outside, ADDRESSES[0], PROXY_PORT, "/livez")[0] == 200
     gone = ("service/ns/web", *(item.name for item in elsewhere[1:]))
     operator.wait_acknowledged(operator.set(gone=gone))
     assert eventually(lambda: not listens())

@@ -99,7 +99,7 @@ class App:
             config.node_ports,
             config.proxy_health_port,
             healthy=lambda: not self.reconciler.health["services"].error,
-            eligible=lambda: self.projection.routes.own_node is not None,
+            eligible=lambda: self.projection.routes.stays,
         )
         self._herald = Herald(lambda: self.projection.announced.announcing)
         self._host = AgentHost(

@@ -105,6 +105,7 @@ class Node:
     addresses: tuple[Addr, ...]
     pod_cidrs: tuple[Cidr, ...]
     zone: str = ""
+    leaving: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +281,7 @@ def _parse(kind: str, message: weir_pb2.Resource) -> Resource:
         case "node":
             node = message.node
             addresses, pod_cidrs = _addrs(node.addresses), tuple(map(_cidr, node.pod_cidrs))
-            return Node(node.name, addresses, pod_cidrs, node.zone)
+            return Node(node.name, addresses, pod_cidrs, node.zone, node.leaving)
         case "selector":
             return Selector(WireSelector(message.selector.number), message.selector.key)
         case "class":

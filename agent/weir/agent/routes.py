@@ -72,6 +72,12 @@ class RouteTables:
         return self._nodes.get(self._facts.node)
 
     @property
+    def stays(self) -> bool:
+        """Whether this node is known, and not about to be taken away."""
+        own = self.own_node
+        return own is not None and not own.leaving
+
+    @property
     def nodes(self) -> Mapping[str, Node]:
         return self._nodes
 

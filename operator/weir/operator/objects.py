@@ -25,6 +25,7 @@ ZONE = "topology.kubernetes.io/zone"
 # With any value: a node that no load balancer sends to.
 EXCLUDED = "node.kubernetes.io/exclude-from-external-load-balancers"
 OS = "kubernetes.io/os"
+TO_BE_DELETED = "ToBeDeletedByClusterAutoscaler"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,7 @@ class Node:
     zone: str = ""
     ready: bool = True  # what its Ready condition says
     balances: bool = True  # False: load balancers are to leave it out
+    leaving: bool = False  # is being deleted, or will be by the cluster autoscaler
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +254,8 @@ def parse_node(raw: wire.Node) -> Parsed[Node]:
         ready=any(c.type == "Ready" and c.status == "True" for c in conditions),
         # Another system's nodes have no agent.
         balances=EXCLUDED not in labels and labels.get(OS, "linux") == "linux",
+        leaving=meta.deletion_timestamp is not None
+        or any(taint.key == TO_BE_DELETED for taint in raw.spec.taints or ()),
     )
     return Parsed(node, tuple(problems))
 

@@ -95,6 +95,7 @@ def node(key: Key, new: Node | None) -> Change:
         addresses=new.addresses,
         pod_cidrs=[_cidr(cidr) for cidr in new.pod_cidrs],
         zone=new.zone,
+        leaving=new.leaving,
     )
     return Change(name, pb.Resource(name=name, node=message))
 

@@ -22,6 +22,7 @@ class Meta(Struct):
     resource_version: str = ""
     generation: int | None = None
     creation_timestamp: str | None = None
+    deletion_timestamp: str | None = None
     labels: dict[str, str] | None = None
 
 
@@ -149,9 +150,14 @@ class EndpointSlice(Named):
     ports: list[SlicePort] | None = None
 
 
+class Taint(Struct):
+    key: str = ""
+
+
 class NodeSpec(Struct):
     pod_cidr: str | None = msgspec.field(default=None, name="podCIDR")
     pod_cidrs: list[str] | None = msgspec.field(default=None, name="podCIDRs")
+    taints: list[Taint] | None = None
 
 
 class NodeAddress(Struct):

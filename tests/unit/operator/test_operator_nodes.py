@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
 import pytest
 
 from weir.api.address import parse_cidr
+from weir.operator import resources
 from weir.operator.model import Model
-from weir.operator.objects import Key, Node, Problem
+from weir.operator.objects import Key, Node, Problem, parse_node
 from weir.operator.revisions import Revisions
+from weir.operator.wire import Node as Raw
 
 
 def node(name: str, created: int, *cidrs: str) -> Node:
@@ -44,3 +47,30 @@ def test_the_oldest_keeps_it_and_others_are_named(order: tuple[int, ...]) -> Non
     assert [c.text() for c in model.compiler._nodes["c"].pod_cidrs] == ["10.0.1.0/24"]
     assert not model.claims.told
     assert told["c"] == ()
+
+
+@pytest.mark.parametrize(
+    ("raw", "leaving"),
+    [
+        pytest.param({}, False, id="stays"),
+        pytest.param(
+            {"spec": {"taints": [{"key": "other", "effect": "NoSchedule"}]}}, False, id="x"
+        ),
+        pytest.param(
+            {"spec": {"taints": [{"key": "ToBeDeletedByClusterAutoscaler"}]}}, True, id="taint"
+        ),
+        pytest.param(
+            {"metadata": {"name": "a", "deletionTimestamp": "2030-01-01T00:00:00Z"}},
+            True,
+            id="deleted",
+        ),
+    ],
+)
+def test_a_node_that_leaves_is_told_its_agent(raw: dict[str, object], leaving: bool) -> None:
+    """As kube-proxy's /healthz has it, by which clouds take a node out of their load balancers."""
+    decoded = msgspec.json.decode(msgspec.json.encode({"metadata": {"name": "a"}} | raw), type=Raw)
+    parsed = parse_node(decoded).value
+    change = resources.node(parsed.key, parsed)
+    assert parsed.leaving is leaving
+    assert change.resource is not None
+    assert change.resource.node.leaving is leaving
