@@ -24,6 +24,11 @@ int to_overlay(struct __sk_buff *ctx)
 		if (verdict < 0)
 			return drop(ctx, packet, verdict);
 	}
+	if (ctx->mark == MARK_CUT_FIRST) {
+		verdict = frontend_after_cut(ctx, packet);
+		if (verdict < 0)
+			return drop(ctx, packet, verdict);
+	}
 	const struct route *route = route_find(&packet->flow.destination);
 
 	if (!route || !(route->flags & ROUTE_TUNNEL))

@@ -179,3 +179,30 @@ def test_node_port_from_outside(net: Net, family: int, server: str, way: str) ->
     hidden = server == "node2" or (server == "r" and way == "snat")
     assert seen == ADDRESS[family]["node1" if hidden else "world"]
     assert (net.one.drops(), net.two.drops()) == before
+
+
+@pytest.mark.parametrize("way", ["snat", "dsr"])
+@pytest.mark.parametrize("size", [1300, 1460, 2000, 4000, 20_000])
+def test_datagrams_that_must_be_cut(net: Net, size: int, way: str) -> None:
+    """IPv4, from a client that lets routers cut: the first one arrives already. The answers too."""
+    tables = net.one.datapath.tables
+    key = ServiceKey(parse(ADDRESS[4]["node1"]), 7100, 17, 0)
+    row = Service(2100, 1, ServiceFlag.DSR if way == "dsr" else 0, 0)
+    tables.backends.update({BackendKey(2100, 0): Backend(parse(ADDRESS[4]["r"]), 7100)})
+    tables.services.update({key: row})
+    with (
+        sock(net.where("r"), 4, socket.SOCK_DGRAM) as receiver,
+        sock(net.where("world"), 4, socket.SOCK_DGRAM) as client,
+    ):
+        receiver.bind(("", 7100))
+        for end in (receiver, client):
+            end.setsockopt(socket.IPPROTO_IP, 10, 0)  # IP_MTU_DISCOVER: IP_PMTUDISC_DONT
+        sent = bytes(number & 0xFF for number in range(size))
+        client.sendto(sent, (ADDRESS[4]["node1"], 7100))
+        data, seen = receiver.recvfrom(1 << 16)
+        assert data == sent
+        assert seen[0] == ADDRESS[4]["world" if way == "dsr" else "node1"]
+        receiver.sendto(data, seen)
+        data, answerer = client.recvfrom(1 << 16)
+        assert (data, answerer) == (sent, (ADDRESS[4]["node1"], 7100))
+    tables.services.delete([key])

@@ -92,7 +92,7 @@ __subprogram int deliver_by_fib(struct __sk_buff *ctx, struct packet *packet)
 	case BPF_FIB_LKUP_RET_NOT_FWDED:
 		return TC_ACT_OK;
 	case BPF_FIB_LKUP_RET_FRAG_NEEDED:
-		if (is_for_the_stack(packet))
+		if (is_for_the_stack(packet) || (packet->dsr && !packet->dont_fragment))
 			return TC_ACT_OK;
 		/* 5.10 does not tell. */
 		packet->mtu = (fib.mtu_result ? fib.mtu_result : MTU_MIN) - packet->extra;

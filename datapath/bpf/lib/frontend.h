@@ -6,6 +6,10 @@
 #include "lib/arrive.h"
 #include "lib/snat.h"
 
+/* On packets that the host's stack cuts up before they get the node's address as their source:
+ * what comes in with that, it would take for a lie. */
+#define MARK_CUT_FIRST 0x57490000
+
 static __always_inline bool frontend_exists(const struct packet *packet)
 {
 	const struct tuple *flow = &packet->flow;
@@ -47,12 +51,45 @@ static __always_inline int frontend_pass_on(struct __sk_buff *ctx, struct packet
 	return error ? error : verdict;
 }
 
+/* Whether the packet is too big for the overlay and may be cut up, which only the stack can. */
+static __always_inline bool frontend_must_be_cut(const struct __sk_buff *ctx,
+						 const struct packet *packet)
+{
+	if (!tunnel || packet->dont_fragment || wire_length(ctx, packet) <= overlay_mtu ||
+	    is_node(&packet->flow.destination))
+		return false;
+	const struct route *route = route_find(&packet->flow.destination);
+
+	return route && (route->flags & ROUTE_TUNNEL);
+}
+
+/* Through the stack, and then frontend_after_cut(). */
+static __always_inline int frontend_cut(struct __sk_buff *ctx)
+{
+	ctx->mark = MARK_CUT_FIRST;
+	return TC_ACT_OK;
+}
+
+/* On the way into the overlay, each part. 0 or a drop reason. */
+static __always_inline int frontend_after_cut(struct __sk_buff *ctx, struct packet *packet)
+{
+	int error = fragment_resolve(packet);
+
+	ctx->mark = 0;
+	if (error)
+		return error;
+	const struct ct_entry *entry = ct_find(packet);
+
+	return snat_masquerade(ctx, packet, entry && ct_is_closing(entry->flags));
+}
+
 /* To a backend whose node answers: what this node would remember, that one does. */
 static __always_inline int frontend_hand_over(struct __sk_buff *ctx, struct packet *packet)
 {
 	packet->extra = dsr_bytes(packet);
 
-	int verdict = frontend_pass_on(ctx, packet);
+	int verdict = frontend_must_be_cut(ctx, packet) ? TC_ACT_OK :
+							  frontend_pass_on(ctx, packet);
 
 	if (verdict < 0 || !packet->extra)
 		return verdict;
@@ -74,6 +111,11 @@ static __always_inline int frontend_to_backend(struct __sk_buff *ctx, struct pac
 		return verdict;
 	if (!packet->snat)
 		return is_local_host(&packet->flow.destination) ? TC_ACT_OK : -DROP_NO_ENDPOINT;
+	/* Its other parts may be cut up, and meet to_overlay by this address. */
+	if (tunnel && packet->fragment == FRAGMENT_FIRST)
+		fragment_track(packet);
+	if (frontend_must_be_cut(ctx, packet))
+		return frontend_cut(ctx);
 	verdict = snat_masquerade(ctx, packet, entry && ct_is_closing(entry->flags));
 	return verdict ? verdict : frontend_pass_on(ctx, packet);
 }
