@@ -44,6 +44,7 @@ from weir.cni.wiring import Wiring
 from weir.datapath.datapath import Datapath
 from weir.datapath.errors import DatapathError
 from weir.datapath.features import Features, probe
+from weir.datapath.libbpf import XdpMode
 from weir.datapath.links import XDP_MODES
 from weir.datapath.records import Metric, MetricKey
 from weir.datapath.settings import Settings
@@ -167,8 +168,14 @@ class App:
             uplinks=list(self._facts.uplinks),
             mtu=self._facts.mtu,
             routing="vxlan" if self._config.tunnel else "native",
+            xdp={name: self._xdp(mode) for name, mode in self._datapath.xdp.items()},
             flow_warnings=self.flows.warnings(),
         )
+
+    def _xdp(self, mode: XdpMode | None) -> str:
+        if mode is not None:
+            return mode.name.lower()
+        return "off" if self._config.xdp == "off" else "refused"
 
     # ---- running
 

@@ -51,6 +51,7 @@ class StatusView(msgspec.Struct, frozen=True):
     pod_mtu: int
     pod_cidrs: list[str]
     routing: str
+    xdp: dict[str, str]  # by uplink: how it is attached, "off", or "refused": wanted but not there
     tables: list[TableView]
     rejected: dict[str, list[str]]
     bad_resources: dict[str, str]
@@ -132,6 +133,7 @@ def status(  # the one place where all of it comes together
     uplinks: list[str],
     mtu: int,
     routing: str,
+    xdp: dict[str, str],
     flow_warnings: list[str],
 ) -> StatusView:
     projection = reconciler.projection
@@ -153,6 +155,7 @@ def status(  # the one place where all of it comes together
         pod_mtu=mtu,
         pod_cidrs=[prefix.text() for prefix in own.pod_cidrs] if own else [],
         routing=routing,
+        xdp=xdp,
         tables=tables(reconciler),
         rejected=reconciler.rejected_owners(),
         bad_resources=dict(state.rejected),

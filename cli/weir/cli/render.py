@@ -86,6 +86,9 @@ def _notes(data: dict[str, Any]) -> Iterable[str]:
         yield f"no operator: {data['operator_error']}; the last known state stays in force"
     for group, error in data["errors"].items():
         yield f"cannot write {group}: {error}"
+    for name, mode in data.get("xdp", {}).items():
+        if mode == "refused":
+            yield f"{name} does not take XDP as configured (see the agent's log): tc does its work"
     for name, owners in data["rejected"].items():
         more = f" and {len(owners) - SHOWN} more" if len(owners) > SHOWN else ""
         yield f"map {name} is full, left out: {', '.join(owners[:SHOWN])}{more}"
