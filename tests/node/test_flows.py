@@ -188,9 +188,16 @@ class World:
         self.clients.append(client)
         return client
 
-    def hooked(self, kind: str, family: str, address: str = "", port: int = PORT) -> HookedClient:
+    def hooked(
+        self,
+        kind: str,
+        family: str,
+        address: str = "",
+        port: int = PORT,
+        where: NetNs | None = None,
+    ) -> HookedClient:
         target = address or VIPS[family]
-        client = HookedClient(self.agent, self.pods["a"], kind, family, target, port)
+        client = HookedClient(self.agent, where or self.pods["a"], kind, family, target, port)
         self.clients.append(client)
         return client
 
@@ -269,9 +276,13 @@ def test_connected_sockets_to_a_vanished_backend_are_ended(world: World, family:
 
 
 @FAMILIES
-def test_connected_sockets_of_a_service_that_goes_are_ended(world: World, family: str) -> None:
+@pytest.mark.parametrize("place", ["pod", "node"])
+def test_connected_sockets_of_a_service_that_goes_are_ended(
+    world: World, family: str, place: str
+) -> None:
     world.service("b")
-    client = world.hooked("connected", family)
+    where = world.agent.node if place == "node" else None
+    client = world.hooked("connected", family, where=where)
     assert client.ask() == "b"
     world.no_service()
     assert eventually(lambda: client.ask() == ENDED, 3), world.agent.log
