@@ -17,7 +17,7 @@ from support.tools import tool
 from weir.agent import config as agent_config
 from weir.operator import config as operator_config
 from weir.operator import pools
-from weir.operator.kinds import BLOCK_LIST, LOAD_BALANCER_POOL
+from weir.operator.kinds import BLOCK_LIST, LOAD_BALANCER_POOL, NODE_LEASE
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "weir"
@@ -374,6 +374,14 @@ def test_the_operator_may_give_addresses() -> None:
         ("servicecidrs", "watch"),
         ("services/status", "patch"),
     } <= allowed
+
+
+def test_the_operator_may_watch_kubelets_leases_and_no_others() -> None:
+    role = render()["Role", "weir-operator-leases"]
+    assert role["metadata"]["namespace"] == NODE_LEASE.path.split("/")[-2]
+    assert role["rules"] == [
+        {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["list", "watch"]}
+    ]
 
 
 def test_which_services_get_addresses() -> None:

@@ -48,6 +48,7 @@ class Announcer:
     _slices_of: dict[Key, dict[Key, None]] = field(default_factory=dict)  # by Service
     _users: dict[Addr, dict[Key, None]] = field(default_factory=dict)
     _ready: dict[str, None] = field(default_factory=dict)
+    _silent: set[str] = field(default_factory=set)
     _dirty: dict[Addr, None] = field(default_factory=dict)
 
     # Inputs
@@ -92,22 +93,35 @@ class Announcer:
         old = self._nodes.pop(key.name, None)
         if new is not None:
             self._nodes[key.name] = new
-        before, after = _can(old), _can(new)
         # None of a node's can be a Service's.
         addresses = {*(old.addresses if old else ()), *(new.addresses if new else ())}
         self._dirty.update(dict.fromkeys(addr for addr in addresses if addr in self._users))
-        if before == after and (old is None) == (new is None):
+        self._consider(key.name)
+
+    def silent(self, name: str, on: bool) -> None:
+        """A node that nothing is heard of is not Ready, whatever the API still says."""
+        self._silent.discard(name)
+        if on:
+            self._silent.add(name)
+        self._consider(name)
+
+    def _consider(self, name: str) -> None:
+        """Whether a node can announce, and what that changes."""
+        node = self._nodes.get(name)
+        after = node is not None and node.ready and node.balances and name not in self._silent
+        before = name in self._ready
+        if before == after and self._ready:
             return
-        self._ready.pop(key.name, None)
+        self._ready.pop(name, None)
         if not self._ready:
             self._all_dirty()
         if after:
-            self._ready[key.name] = None
+            self._ready[name] = None
         # A node that is no candidate any more matters to what it has; a new one to what it wins.
         for addr in self._users:
             current = self.announced.get(addr, "")
-            wins = after and weight(addr, key.name) > weight(addr, current)
-            if current in ("", key.name) or self._is_local(addr) or wins:
+            wins = after and weight(addr, name) > weight(addr, current)
+            if current in ("", name) or self._is_local(addr) or wins:
                 self._dirty[addr] = None
 
     def _all_dirty(self) -> None:
@@ -169,10 +183,6 @@ class Announcer:
 def _content(pool: Pool | None) -> object:
     """What matters here: counts in its status change all the time."""
     return (pool.created, pool.blocks, pool.announce) if pool else None
-
-
-def _can(node: Node | None) -> bool:
-    return node is not None and node.ready and node.balances
 
 
 def resource(addr: Addr, node: str) -> Change:

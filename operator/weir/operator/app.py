@@ -26,6 +26,7 @@ from weir.operator.config import Config
 from weir.operator.distribution import OPTIONS, Distribution
 from weir.operator.handlers import KopfThread, node_handlers, problem_handlers
 from weir.operator.leader import Leader
+from weir.operator.liveness import Liveness
 from weir.operator.model import Model
 from weir.operator.objects import Problem
 from weir.operator.reflector import Reflector, Timing
@@ -115,6 +116,8 @@ class App:
                 kinds.LOAD_BALANCER_POOL,
             )
         ]
+        liveness = Liveness(model.silent)
+        self._reflectors.append(Reflector(api, kinds.NODE_LEASE, liveness, self.timing))
         status = StatusServer(self._not_ready, self._samples)
         await status.start(self.config.health_listen, self.config.metrics_listen)
         try:
@@ -129,6 +132,7 @@ class App:
                 tasks.append(group.create_task(leader.run(), name="leader"))
                 tasks.append(group.create_task(conditions.run(api), name="conditions"))
                 tasks.append(group.create_task(assignments.run(), name="assignments"))
+                tasks.append(group.create_task(liveness.run(), name="liveness"))
                 tasks.append(group.create_task(self._handle_nodes(api), name="nodes"))
                 tasks.append(group.create_task(self._handle_problems(api), name="problems"))
                 await self.stop.wait()

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import msgspec
 
-from weir.operator import blocklists, objects, policy, pools, services, wire
+from weir.operator import blocklists, liveness, objects, policy, pools, services, wire
 from weir.operator.objects import Parsed
 from weir.operator.reflector import Kind, Reader
 
@@ -46,3 +46,4 @@ BLOCK_LIST = Kind(
 LOAD_BALANCER_POOL = Kind(
     pools.KIND, pools.PATH, reader(pools.WirePool, pools.parse_pool), optional=True
 )
+NODE_LEASE = Kind("Lease", liveness.PATH, reader(liveness.WireLease, liveness.parse_lease))

@@ -91,6 +91,12 @@ class Model:
         if not self._complete.is_set() and self._synced.issuperset(ORDER):
             self._complete.set()
 
+    def silent(self, node: str, on: bool) -> None:
+        """Nothing is heard of a node, or something again."""
+        logger.warning("%s: %s", node, "its kubelet is silent" if on else "its kubelet is back")
+        self.announcer.silent(node, on)
+        self._changed.set()
+
     # Announcements
 
     def announce(self, node: str, uid: str, addresses: tuple[Addr, ...] | None) -> None:

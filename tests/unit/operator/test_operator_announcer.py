@@ -6,12 +6,15 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import msgspec
 import pytest
 from support.load_balancers import pool
 
 from weir.api.address import Addr, parse
+from weir.operator import wire
 from weir.operator.announcer import Announcer, elect
-from weir.operator.objects import Endpoint, EndpointSlice, Key, Node
+from weir.operator.liveness import Liveness
+from weir.operator.objects import Endpoint, EndpointSlice, Key, Node, parse_node
 from weir.operator.services import Service, ServicePort
 
 ADDRESS = parse("192.0.2.9")
@@ -188,3 +191,82 @@ def test_never_a_nodes_own_address() -> None:
     assert who(made) == ""
     made.node(Key("", "n1"), node("n1"))
     assert who(made)
+
+
+@pytest.mark.parametrize(
+    ("status", "labels", "ready", "balances"),
+    [
+        ("True", {}, True, True),
+        ("False", {}, False, True),
+        ("Unknown", {}, False, True),
+        ("", {}, False, True),
+        ("True", {"node.kubernetes.io/exclude-from-external-load-balancers": ""}, True, False),
+        ("True", {"kubernetes.io/os": "linux"}, True, True),
+        ("True", {"kubernetes.io/os": "windows"}, True, False),
+    ],
+)
+def test_what_of_a_node_decides(
+    status: str, labels: dict[str, str], ready: bool, balances: bool
+) -> None:
+    conditions = [{"type": "MemoryPressure", "status": "True"}]
+    conditions += [{"type": "Ready", "status": status}] if status else []
+    raw = {"metadata": {"name": "n1", "labels": labels}, "status": {"conditions": conditions}}
+    made = parse_node(msgspec.convert(raw, wire.Node)).value
+    assert made is not None
+    assert (made.ready, made.balances) == (ready, balances)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_silent_kubelets() -> None:
+    """A dead node's is silent after 25 s, and is back with its next renewal."""
+    told: list[tuple[str, bool]] = []
+    clock = Clock()
+    liveness = Liveness(lambda node, silent: told.append((node, silent)), clock)
+
+    def renew(*names: str) -> None:
+        clock.now += 10
+        for name in names:
+            liveness.changed("Lease", Key("kube-node-lease", name), None, str(clock.now))
+        liveness.look()
+
+    for _ in range(5):
+        renew(*NODES)
+    assert told == []
+    renew(*NODES[1:])
+    renew(*NODES[1:])
+    assert told == []
+    renew(*NODES[1:])
+    renew(*NODES[1:])
+    assert told == [("n0", True)]
+    renew(*NODES)
+    assert told == [("n0", True), ("n0", False)]
+    told.clear()
+    for _ in range(5):  # most of them at once: it is not they who fail
+        renew(*NODES[5:])
+    assert told == []
+    for _ in range(4):
+        renew(*NODES[4:])
+    assert told == [(name, True) for name in NODES[:4]]
+    liveness.changed("Lease", Key("kube-node-lease", "n1"), "", None)
+    assert told[-1] == ("n1", False)
+
+
+def test_silent_node_does_not_announce() -> None:
+    made = put(announcer(), service("a"))
+    before = who(made)
+    made.silent(before, True)
+    after = who(made)
+    assert after == elect(ADDRESS, [name for name in NODES if name != before])
+    made.node(Key("", before), node(before, zone="other"))
+    assert who(made) == after, "the API still says that it is Ready"
+    made.silent(before, False)
+    assert who(made) == before
+    made.silent("unknown", True)
+    made.node(Key("", "unknown"), node("unknown"))
+    assert who(made) == before
