@@ -4,6 +4,7 @@
 #include "lib/announce.h"
 #include "lib/blocked_tc.h"
 #include "lib/frontend.h"
+#include "lib/overlay.h"
 
 /* With an overlay, pods of other nodes come through it alone. */
 static __always_inline bool bypasses_overlay(const struct packet *packet)
@@ -32,7 +33,8 @@ int from_uplink(struct __sk_buff *ctx)
 	if (answer)
 		return answer < 0 ? drop(ctx, packet, answer) : bpf_redirect(ctx->ifindex, 0);
 	/* What we cannot read may be the host's; to_pod sees what is not. */
-	if (verdict <= 0 || address_is_link_scope(&packet->flow.destination))
+	if (verdict <= 0 || address_is_link_scope(&packet->flow.destination) ||
+	    overlay_is_outer(packet))
 		return TC_ACT_OK;
 	if (arrive_is_spoofed(packet))
 		return drop(ctx, packet, DROP_SPOOFED_SOURCE);

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import pytest
@@ -329,6 +330,83 @@ def test_snat_runs_out_of_ports(native: Node, net: Book) -> None:
     assert ports == {61000, 61001, 61002, 61003}
     out = node.arrives(datagram(net, net.world, 5000, net.vip, 53))
     assert (out.code, out.drops) == (TC_ACT_SHOT, {DropReason.SNAT_NO_PORT: 1})
+
+
+def test_ended_connections_give_their_port(native: Node, net: Book) -> None:
+    """With all four ports taken, a fifth client gets that of the one connection that has ended,
+    and never that of one opened anew since."""
+    node = native
+    node.service(6, 80, (net.r, 8080))
+
+    def asks(sport: int, flags: str) -> int:
+        return int(
+            node.arrives(net.ip(net.world, net.vip) / segment("tcp", sport, 80, flags)).frame.sport
+        )
+
+    def answers(port: int, flags: str) -> None:
+        node.arrives(net.ip(net.r, net.node) / segment("tcp", 8080, port, flags))
+
+    ports = {sport: asks(sport, "S") for sport in range(4000, 4004)}
+    for sport, port in ports.items():
+        answers(port, "SA")
+        asks(sport, "A")
+    for sport in (4001, 4002):
+        asks(sport, "FA")
+        answers(ports[sport], "FA")
+        asks(sport, "A")
+    assert asks(4002, "S") == ports[4002]
+    assert asks(5000, "S") == ports[4001]
+    out = node.arrives(net.ip(net.world, net.vip) / segment("tcp", 5001, 80))
+    assert (out.code, out.drops) == (TC_ACT_SHOT, {DropReason.SNAT_NO_PORT: 1})
+    back = node.arrives(net.ip(net.r, net.node) / segment("tcp", 8080, ports[4001], "SA"))
+    assert back.frame.dport == 5000
+
+
+def test_a_question_keeps_its_port_for_less_than_a_stream(native: Node, net: Book) -> None:
+    node = native
+    node.service(17, 53, (net.r, 5353))
+
+    def seconds_left() -> int:
+        [row] = [e for k, e in node.tables.snat.items() if k.kind == SnatKind.REVERSE]
+        return row.expires - int(time.clock_gettime(time.CLOCK_MONOTONIC))
+
+    def ages(seconds: int) -> None:
+        rows = {k: e for k, e in node.tables.snat.items() if k.kind == SnatKind.REVERSE}
+        aged = {k: dataclasses.replace(e, expires=e.expires - seconds) for k, e in rows.items()}
+        node.tables.snat.update(aged)
+
+    def asks() -> int:
+        return int(node.arrives(datagram(net, net.world, 4000, net.vip, 53)).frame.sport)
+
+    port = asks()
+    assert 28 <= seconds_left() <= 31
+    ages(5)
+    asks()
+    assert 28 <= seconds_left() <= 31
+    node.arrives(datagram(net, net.r, 5353, net.node, port))
+    asks()
+    assert 28 <= seconds_left() <= 31
+    ages(5)
+    asks()
+    assert 198 <= seconds_left() <= 201
+    ages(100)
+    node.arrives(datagram(net, net.r, 5353, net.node, port))
+    assert 198 <= seconds_left() <= 201
+
+
+def test_what_is_encapsulated_is_the_stacks(datapaths: Datapaths, settings: Settings, world: World,
+                                            net: Book) -> None:  # fmt: skip
+    """Not a word about it from the uplink, even if its port is a service's; to a pod it is a
+    packet like any other."""
+    node = Node(datapaths.get(dataclasses.replace(settings, overlay_port=8472)), world, net)
+    node.service(17, 8472, (net.b, 5353), at=net.node)
+    outer = UDP(sport=40000, dport=8472, chksum=0) / Raw(bytes(50))
+    assert node.arrives(net.ip(net.world, net.node) / outer).code == TC_ACT_OK
+    assert not list(node.tables.ct.items())
+    node.isolate(b_ingress=CLOSED)
+    out = node.arrives(net.ip(net.world, net.b) / outer)
+    assert (out.code, out.drops) == (TC_ACT_SHOT, {DropReason.POLICY_INGRESS: 1})
+    node.reader.close()
 
 
 def test_affinity(node: Node, net: Book) -> None:

@@ -89,7 +89,7 @@ def port_of(node: Node) -> int:
 def without_port(key: SnatKey, entry: SnatEntry, port: int) -> tuple[SnatKey, SnatEntry]:
     """A row without time, and without the port that was chosen at random."""
     key = dataclasses.replace(key, local_port=0) if key.local_port == port else key
-    return key, SnatEntry(entry.address, 0 if entry.port == port else entry.port, 0)
+    return key, SnatEntry(entry.address, 0 if entry.port == port else entry.port, 0, 0)
 
 
 def on_wire(layers: Packet) -> bytes:
@@ -229,7 +229,7 @@ def test_replies_for_others(native: XdpNode, net: Book, receiver: str) -> None:
     to = {"pod": net.a, "node": net.node}.get(receiver, net.world)
     late = 2**31
     key = SnatKey(parse(net.r), parse(net.node), 8080, 61000, 6, SnatKind.REVERSE)
-    native.tables.snat.update({key: SnatEntry(parse(to), 4000, late)})
+    native.tables.snat.update({key: SnatEntry(parse(to), 4000, 0, late)})
     low, high = sorted([(parse(net.r), 8080), (parse(to), 4000)])
     flags = CtFlag.REPLIED | (0 if receiver == "client of no service" else CtFlag.REV_NAT)
     if low[0] == parse(to):

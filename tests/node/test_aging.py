@@ -67,7 +67,7 @@ def ct(expires: int) -> tuple[CtKey, CtEntry]:
 
 def snat(expires: int) -> tuple[SnatKey, SnatEntry]:
     key = SnatKey(THERE, HERE, 80, expires & 0xFFFF, 6, 0)
-    return key, SnatEntry(HERE, 1, expires)
+    return key, SnatEntry(HERE, 1, 0, expires)
 
 
 @pytest.mark.parametrize(("table", "make"), [("ct", ct), ("snat", snat)])

@@ -79,7 +79,7 @@ ROWS: dict[str, Callable[[int], tuple[Any, Any]]] = {
     "routes": lambda n: (PrefixKey(128, addr(n)), Route(addr(n), 4)),
     "policy": lambda n: (PolicyKey(n, 0, 80, 6, 16), PolicyVerdict(n, 1)),
     "ct": lambda n: (CtKey(addr(n), addr(n + 1), 1, 2, 6), CtEntry(n, 1, 32, 1, addr(n), 80)),
-    "snat": lambda n: (SnatKey(addr(n), addr(0), 1, 2, 17, 1), SnatEntry(addr(n), 61000, n)),
+    "snat": lambda n: (SnatKey(addr(n), addr(0), 1, 2, 17, 1), SnatEntry(addr(n), 61000, 1, n)),
     "sock_nat": lambda n: (SockNatKey(n, addr(n), 80, 6), SockNat(addr(n), 8080, n)),
 }
 

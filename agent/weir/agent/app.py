@@ -57,6 +57,8 @@ NODE_SETTLE_SECONDS = 0.2
 POD_SETTLE_SECONDS = 5.0
 INSTALL_RETRY_SECONDS = 5.0
 INSTALL_PERIOD_SECONDS = 30.0
+ANNOUNCE_LOOK_SECONDS = 0.1
+ANNOUNCE_LOOKS = 50
 
 
 class App:
@@ -323,7 +325,13 @@ class App:
         await self._health_checks.run(self.reconciler.next_round)
 
     async def _announce(self) -> None:
+        """What is remembered may be another node's by now: the operators come first, if there are
+        any."""
         await self.reconciler.first_done.wait()
+        for _ in range(ANNOUNCE_LOOKS):
+            if self._stream.state.connected:
+                break
+            await asyncio.sleep(ANNOUNCE_LOOK_SECONDS)
         await self._herald.run(self.reconciler.next_round)
 
     # ---- the node's own network
@@ -430,6 +438,9 @@ def settings_of(config: Config, facts: NodeFacts, features: Features) -> Setting
         node_ipv6=facts.first(ipv4=False),
         overlay_ifindex=facts.overlay_ifindex,
         overlay_mtu=facts.mtu if config.tunnel else 0,
+        overlay_port=links.VXLAN_PORT if config.tunnel else 0,
+        snat_port_first=facts.snat_ports[0],
+        snat_port_last=facts.snat_ports[1],
         tunnel=config.tunnel,
         masquerade=config.masquerade,
         xdp_services=config.xdp_services and config.xdp != "off",

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from weir.agent import links
 from weir.agent.announced import Segment
@@ -31,13 +32,16 @@ logger = logging.getLogger(__name__)
 MAC_BYTES = 6
 VXLAN_HEADERS = {True: 50, False: 70}
 """Bytes around an inner IP packet, by "the underlay is IPv4"."""
+LOCAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+NODE_PORT_FIRST = 30000
+"""Of Kubernetes' default: what people look for at a node port should not be masquerading."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
     """addresses: the node's own for pods and tunnels, the underlay's family first;
     local: every global address of the node. mtu: of pods, in bytes. segments: of those uplinks
-    that are Ethernet."""
+    that are Ethernet. snat_ports: first and last that masquerading may take."""
 
     addresses: tuple[Addr, ...]
     local: tuple[Addr, ...]
@@ -45,6 +49,7 @@ class NodeFacts:
     mtu: int
     overlay_ifindex: int = 0
     segments: tuple[Segment, ...] = ()
+    snat_ports: tuple[int, int] = (1024, 29999)
 
     def first(self, ipv4: bool) -> Addr | None:
         return next((addr for addr in self.addresses if is_ipv4(addr) == ipv4), None)
@@ -105,6 +110,20 @@ def derive(
     )
 
 
+def snat_ports(first: int, last: int) -> tuple[int, int]:
+    """The larger range without the node's own sockets', which use `first` to `last`."""
+    ranges = ((1024, min(first, NODE_PORT_FIRST) - 1), (last + 1, 65535))
+    low, high = max(ranges, key=lambda ports: ports[1] - ports[0])
+    if low <= high:
+        return low, high
+    logger.warning(
+        "%s leaves no port for masquerading: taking 1024 to %d, which the node's own connections"
+        " may hit; narrow it",
+        LOCAL_PORTS, NODE_PORT_FIRST - 1,
+    )  # fmt: skip
+    return 1024, NODE_PORT_FIRST - 1
+
+
 def observe(config: Config, named: Sequence[Addr]) -> NodeFacts:
     """Facts, with the VXLAN device made or put right if there is to be one."""
     with NodeNetlink() as netlink:
@@ -116,6 +135,7 @@ def observe(config: Config, named: Sequence[Addr]) -> NodeFacts:
             links.default_devices(routes),
             named,
         )
+        facts = replace(facts, snat_ports=snat_ports(*map(int, LOCAL_PORTS.read_text().split())))
         if not config.tunnel:
             return facts
         device = netlink.link(links.OVERLAY)

@@ -37,6 +37,7 @@ const volatile enum service_scope service_scope_layout = SCOPE_INTERNAL;
 const volatile enum service_flag service_flag_layout = SERVICE_LOCAL;
 const volatile enum ct_flag ct_flag_layout = CT_ORIGIN_IS_LOW;
 const volatile enum snat_kind snat_kind_layout = SNAT_FORWARD;
+const volatile enum snat_state snat_state_layout = SNAT_REPLIED;
 const volatile enum runtime_feature runtime_feature_layout = RUNTIME_ANNOUNCES;
 const volatile enum event_kind event_kind_layout = EVENT_DROP;
 

@@ -6,6 +6,7 @@
 
 #include "lib/frame.h"
 #include "lib/frontend.h"
+#include "lib/overlay.h"
 
 /* To the backend. False: tc's. */
 static __always_inline bool forward_to_backend(struct packet *packet)
@@ -68,7 +69,7 @@ __subprogram bool forward_decide(struct packet *packet)
 	const struct tuple *flow = &packet->flow;
 	const struct snat_entry *receiver;
 
-	if (packet->hop_limit <= 1)
+	if (packet->hop_limit <= 1 || overlay_is_outer(packet))
 		return false;
 	receiver = snat_receiver(packet);
 	if (!receiver && (endpoint_find(&flow->destination) || !frontend_is_asked(packet)))

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "lib/packet.h"
+#include "lib/settings.h"
 #include "lib/where.h"
 
 #define OVERLAY_VNI 1
@@ -10,6 +11,22 @@
 
 /* The kernel takes this size since 4.8; newer headers' struct is longer than 5.10 accepts. */
 #define TUNNEL_KEY_SIZE offsetof(struct bpf_tunnel_key, local_ipv4)
+
+/* Whether this is what another node encapsulated for this one: the stack takes it apart, and
+ * from_overlay reads what was in it. */
+static __always_inline bool overlay_is_outer(const struct packet *packet)
+{
+	const struct tuple *flow = &packet->flow;
+
+	if (!overlay_port || flow->l4_proto != IPPROTO_UDP ||
+	    flow->destination_port != bpf_htons(overlay_port) || packet->fragment != FRAGMENT_NONE)
+		return false;
+	for (int i = 0; i < 4; i++)
+		if (flow->destination.word[i] !=
+		    (packet->ipv6 ? node_ipv6.word[i] : node_ipv4.word[i]))
+			return false;
+	return true;
+}
 
 /* The node that encapsulated the packet. 0 or a drop reason. */
 static __always_inline int overlay_sender(struct __sk_buff *ctx, struct ip_addr *node)

@@ -21,10 +21,15 @@ const volatile __u8 tunnel = 0;
 /* Non-zero: what a pod sends out of the cluster gets this node's address as its source. */
 const volatile __u8 masquerade = 0;
 
+/* UDP port of the overlay, host order; 0: there is none. */
+const volatile __u16 overlay_port = 0;
+
 /* First and last source port (or ICMP identifier) used for masquerading, host order. Outside
- * the node's own ip_local_port_range, else both could use the same port. */
-const volatile __u16 snat_port_first = 61000;
-const volatile __u16 snat_port_last = 65535;
+ * the node's own ip_local_port_range, else both could use the same port towards one remote
+ * port. Ports that the node listens on may be among them: who connects there does not do so
+ * from the very port that a pod's or a client's flow goes to. */
+const volatile __u16 snat_port_first = 1024;
+const volatile __u16 snat_port_last = 29999;
 
 /* Cookie of the host's own network namespace; 0: the kernel's first one. */
 const volatile __u64 host_netns_cookie = 0;

@@ -12,7 +12,9 @@
 #define SNAT_PROBES 64
 #define SNAT_SECONDS_TCP 21600
 #define SNAT_SECONDS_BRIEF 120		/* of TCP, while opening and after closing */
-#define SNAT_SECONDS_OTHER 200
+#define SNAT_SECONDS_ONCE 30		/* of datagrams: a question and its answer */
+#define SNAT_SECONDS_STREAM 200
+#define SNAT_SECONDS_CALM 2
 
 /* LRU_HASH, two entries a flow: when full, the flows idle for longest lose their port, and
  * their connections break. 138 B an entry, 36 MB. */
@@ -71,13 +73,40 @@ static __always_inline void snat_reverse_key(const struct tuple *flow, struct sn
 	__builtin_memset(key->pad, 0, sizeof(key->pad));
 }
 
-/* @closing: both sides have said so. */
-static __always_inline __u32 snat_lifetime(const struct packet *packet, bool closing)
+static __always_inline __u32 snat_lifetime(const struct packet *packet, __u8 state)
 {
 	if (packet->flow.l4_proto != IPPROTO_TCP)
-		return SNAT_SECONDS_OTHER;
-	return closing || (packet->tcp_flags & (TCP_SYN | TCP_RST)) ? SNAT_SECONDS_BRIEF :
-								      SNAT_SECONDS_TCP;
+		return state & SNAT_STREAM ? SNAT_SECONDS_STREAM : SNAT_SECONDS_ONCE;
+	return (state & SNAT_CLOSING) || (packet->tcp_flags & TCP_SYN) ? SNAT_SECONDS_BRIEF :
+									 SNAT_SECONDS_TCP;
+}
+
+/* The reverse entry's state after a packet in either direction. Datagrams are a stream when they
+ * still come two seconds after the last that was a question alone (as nf_conntrack counts them).
+ * @closing: both sides have said so. */
+static __always_inline __u8 snat_state_after(const struct packet *packet,
+					     const struct snat_entry *reverse, __u32 now,
+					     bool closing)
+{
+	__u8 state = reverse->state;
+
+	if (packet->flow.l4_proto != IPPROTO_TCP) {
+		bool later = reverse->expires + SNAT_SECONDS_CALM < now + SNAT_SECONDS_ONCE;
+
+		return later && (state & SNAT_REPLIED) ? state | SNAT_STREAM : state;
+	}
+	if (packet->fragment == FRAGMENT_LATER)
+		return state;
+	if ((packet->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
+		return 0;
+	return closing || (packet->tcp_flags & TCP_RST) ? state | SNAT_CLOSING : state;
+}
+
+/* Whether its time starts anew: not while it is open if an answer makes a stream of datagrams. */
+static __always_inline bool snat_is_waiting(const struct packet *packet, __u8 state)
+{
+	return packet->flow.l4_proto != IPPROTO_TCP &&
+	       (state & (SNAT_REPLIED | SNAT_STREAM)) == SNAT_REPLIED;
 }
 
 static __always_inline void snat_refresh(struct snat_entry *entry, __u32 expires)
@@ -87,7 +116,10 @@ static __always_inline void snat_refresh(struct snat_entry *entry, __u32 expires
 }
 
 /* Takes a free port: from a random one on, a bounded number of tries. BPF_NOEXIST makes the
- * reverse entry the lock; one that has expired is taken over. */
+ * reverse entry the lock; one that has expired is taken over, and where none is free, that of a
+ * connection that has ended (as the kernel's nf_nat does with what is in TIME_WAIT). Two that
+ * take over one port at once: the later has it, the earlier finds at its next packet that it has
+ * not. */
 __subprogram int snat_open(const struct snat_key *forward_key, struct snat_entry *forward)
 {
 	struct snat_key key = {
@@ -104,6 +136,7 @@ __subprogram int snat_open(const struct snat_key *forward_key, struct snat_entry
 	__u32 ports = snat_port_last - snat_port_first + 1;
 	__u32 start = bpf_get_prandom_u32() % ports;
 	__u32 now = seconds_now();
+	__be16 ended = 0;
 
 	key.local = forward->address;
 	for (__u32 i = 0; i < SNAT_PROBES && i < ports; i++) {
@@ -115,15 +148,25 @@ __subprogram int snat_open(const struct snat_key *forward_key, struct snat_entry
 
 		const struct snat_entry *taken = bpf_map_lookup_elem(&snat, &key);
 
-		if (taken && taken->expires >= now)
+		if (taken && taken->expires >= now) {
+			if (taken->state & SNAT_CLOSING)
+				ended = key.local_port;
 			continue;
+		}
 		if (bpf_map_update_elem(&snat, &key, &reverse, taken ? BPF_EXIST : BPF_NOEXIST))
 			continue;
 		forward->port = key.local_port;
 		return bpf_map_update_elem(&snat, forward_key, forward, BPF_ANY) ?
 			       -DROP_SNAT_NO_PORT : 0;
 	}
-	return -DROP_SNAT_NO_PORT;
+	if (!ended)
+		return -DROP_SNAT_NO_PORT;
+	key.local_port = ended;
+	forward->port = ended;
+	if (bpf_map_update_elem(&snat, &key, &reverse, BPF_ANY) ||
+	    bpf_map_update_elem(&snat, forward_key, forward, BPF_ANY))
+		return -DROP_SNAT_NO_PORT;
+	return 0;
 }
 
 /* Whether a pod's packet to this destination leaves the cluster. */
@@ -143,7 +186,9 @@ static __always_inline int snat_take(const struct packet *packet, bool closing,
 {
 	struct snat_key key;
 
-	fresh->expires = seconds_now() + snat_lifetime(packet, closing);
+	__u32 now = seconds_now();
+
+	fresh->expires = now + snat_lifetime(packet, 0);
 	snat_node_address(packet, &fresh->address);
 	if (address_is_unset(&fresh->address) || !snat_has_ports(packet))
 		return -DROP_SNAT_NO_PORT;
@@ -153,8 +198,6 @@ static __always_inline int snat_take(const struct packet *packet, bool closing,
 
 	if (entry && address_equal(&entry->address, &fresh->address)) {
 		fresh->port = entry->port;
-		if (!packet->quoted_l3_offset)
-			snat_refresh(entry, fresh->expires);
 		/* The reverse entry may have been evicted alone, or lapse unseen. */
 		struct snat_key reverse_key = {
 			.remote = key.remote,
@@ -168,7 +211,16 @@ static __always_inline int snat_take(const struct packet *packet, bool closing,
 
 		if (reverse && address_equal(&reverse->address, &key.local) &&
 		    reverse->port == key.local_port) {
-			snat_refresh(reverse, fresh->expires);
+			if (packet->quoted_l3_offset)
+				return 0;
+			__u8 state = snat_state_after(packet, reverse, now, closing);
+
+			if (reverse->state != state)
+				reverse->state = state;
+			if (!snat_is_waiting(packet, state)) {
+				snat_refresh(reverse, now + snat_lifetime(packet, state));
+				snat_refresh(entry, now + snat_lifetime(packet, state));
+			}
 			return 0;
 		}
 	}
@@ -186,15 +238,31 @@ __subprogram int snat_masquerade(struct __sk_buff *ctx, struct packet *packet, b
 	return error ? error : rewrite(ctx, packet, END_SOURCE, &fresh.address, fresh.port);
 }
 
-/* Datagrams that come keep the port as well as those that go. Of a connection only a reset says
- * something: packets that go on know the rest. */
-static __always_inline void snat_reply_seen(const struct packet *packet, struct snat_entry *entry,
-					    __u32 now)
+/* Answers keep a stream of datagrams as well as what goes on does. Of a connection only a reset
+ * says something: packets that go on know the rest. */
+static __always_inline void snat_reply_seen(const struct packet *packet, struct snat_key *key,
+					    struct snat_entry *entry, __u32 now)
 {
-	if (packet->flow.l4_proto != IPPROTO_TCP)
-		snat_refresh(entry, now + SNAT_SECONDS_OTHER);
-	else if (packet->fragment != FRAGMENT_LATER && (packet->tcp_flags & TCP_RST))
-		snat_refresh(entry, now + SNAT_SECONDS_BRIEF);
+	if (!(entry->state & SNAT_REPLIED))
+		entry->state |= SNAT_REPLIED;
+
+	__u8 state = snat_state_after(packet, entry, now, false);
+
+	if (entry->state != state)
+		entry->state = state;
+	__u32 expires = now + snat_lifetime(packet, state);
+
+	if (!(state & (SNAT_STREAM | SNAT_CLOSING)) || entry->expires == expires)
+		return;
+	entry->expires = expires;
+	key->local = entry->address;
+	key->local_port = entry->port;
+	key->kind = SNAT_FORWARD;
+
+	struct snat_entry *forward = bpf_map_lookup_elem(&snat, key);
+
+	if (forward)
+		snat_refresh(forward, expires);
 }
 
 /* Who a reply to the node's address is really for. NULL: it is no such reply. */
@@ -217,7 +285,7 @@ static __always_inline const struct snat_entry *snat_receiver(const struct packe
 	if (!entry || entry->expires < now)
 		return NULL;
 	if (!packet->quoted_l3_offset)
-		snat_reply_seen(packet, entry, now);
+		snat_reply_seen(packet, &key, entry, now);
 	return entry;
 }
 

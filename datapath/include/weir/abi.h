@@ -263,6 +263,13 @@ enum snat_kind {
 	SNAT_REVERSE = 1,		/* local = node: gives the pod's address and port */
 };
 
+/* Of the reverse entry. */
+enum snat_state {
+	SNAT_REPLIED = 1,		/* the remote end has answered */
+	SNAT_STREAM = 2,		/* and has been asked again since */
+	SNAT_CLOSING = 4,		/* both ends have ended the connection: the port may be taken */
+};
+
 struct snat_key {
 	struct ip_addr remote;
 	struct ip_addr local;
@@ -277,7 +284,8 @@ _Static_assert(sizeof(struct snat_key) == 40, "snat_key");
 struct snat_entry {
 	struct ip_addr address;
 	__be16 port;
-	__u8 pad[2];
+	__u8 state;			/* enum snat_state */
+	__u8 pad;
 	__u32 expires;			/* seconds of CLOCK_MONOTONIC */
 };
 _Static_assert(sizeof(struct snat_entry) == 24, "snat_entry");

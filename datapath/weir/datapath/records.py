@@ -113,6 +113,12 @@ class SnatKind(IntEnum):
     REVERSE = 1
 
 
+class SnatState(IntFlag):
+    REPLIED = 1
+    STREAM = 2
+    CLOSING = 4
+
+
 class RuntimeFeature(IntFlag):
     HOST_BACKENDS = 1
     ANNOUNCES = 2
@@ -142,6 +148,7 @@ ENUMS = (
     EnumBinding("ct_flag", "CT_", CtFlag),
     EnumBinding("event_kind", "EVENT_", EventKind),
     EnumBinding("snat_kind", "SNAT_", SnatKind),
+    EnumBinding("snat_state", "SNAT_", SnatState),
     EnumBinding("runtime_feature", "RUNTIME_", RuntimeFeature),
 )
 
@@ -281,6 +288,7 @@ class SnatKey:
 class SnatEntry:
     address: Addr
     port: int
+    state: int
     expires: int
 
 

@@ -25,8 +25,9 @@ class Settings:
     node_ipv4, node_ipv6: this node's addresses for masquerading, None: none of that family.
     overlay_ifindex: the VXLAN device, 0: none. overlay_mtu: bytes of an inner IP packet.
     tunnel: encapsulate to routes with ROUTE_TUNNEL. masquerade: rewrite what leaves the
-    cluster. snat_port_first/last: the ports masquerading takes; above the kernel's
-    ip_local_port_range default (32768-60999), so that the node's own sockets keep theirs.
+    cluster. snat_port_first/last: the ports masquerading takes; outside the kernel's
+    ip_local_port_range (by default 32768-60999), so that the node's own sockets keep theirs.
+    overlay_port: UDP port of the VXLAN device, 0: none.
     host_netns_cookie: of the host's own network namespace, 0: that of the first one.
     maglev_table_size: slots of each service with SERVICE_MAGLEV, 0: there are none.
     xdp_services: XDP translates for NodePort and LoadBalancer what goes to other nodes.
@@ -39,8 +40,9 @@ class Settings:
     overlay_mtu: int = 0
     tunnel: bool = False
     masquerade: bool = False
-    snat_port_first: int = 61000
-    snat_port_last: int = 65535
+    overlay_port: int = 0
+    snat_port_first: int = 1024
+    snat_port_last: int = 29999
     host_netns_cookie: int = 0
     maglev_table_size: int = 0
     xdp_services: bool = False

@@ -75,6 +75,7 @@ const volatile __u16 snat_port_first = 0;
 const volatile __u16 snat_port_last = 0;
 const volatile __u64 host_netns_cookie = 0;
 const volatile __u32 maglev_table_size = 0;
+const volatile __u16 overlay_port = 0;
 const volatile __u8 xdp_services = 0;
 const volatile __u8 has_set_retval = 0;
 
