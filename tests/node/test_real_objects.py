@@ -54,11 +54,12 @@ def test_all_roles_stay_attached_over_a_restart(
 OPEN = """
 import pathlib, sys
 from weir.datapath.datapath import Datapath
+from weir.datapath.links import XDP_MODES
 from weir.datapath.settings import Settings
 datapath = Datapath.open(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), Settings())
 datapath.attach_pod("lo")
-datapath.attach_uplink("lo")
-print(len(datapath.attached()))
+datapath.attach_uplink("lo", XDP_MODES["generic"])
+print(len(datapath.attached()), datapath.xdp["lo"].name)
 """
 
 
@@ -67,4 +68,4 @@ def test_three_capabilities_are_enough(
 ) -> None:
     with netns().entered():
         done = python_with(AGENT, OPEN, str(installation.root), str(installation.cgroup))
-    assert (done.stdout, done.stderr) == ("1\n", "")
+    assert (done.stdout, done.stderr) == ("1 GENERIC\n", "")
