@@ -219,8 +219,8 @@ class Node:
     ) -> None:  # fmt: skip
         """`at`: the frontend's address, the cluster IP unless told."""
         for slot, (address, backend_port) in enumerate(backends):
-            row = {BackendKey(number, slot): Backend(parse(address), backend_port)}
-            self.tables.backends.update(row)
+            backend = Backend(parse(address), backend_port)
+            self.tables.backends.update({BackendKey(number, slot): backend})
         key = ServiceKey(parse(at or self.book.vip), port, proto, scope)
         row = Service(number, len(backends), flags, affinity_seconds, identity)
         self.tables.services.update({key: row})

@@ -84,11 +84,12 @@ def parse_cidr(source: str) -> Cidr:
     if not slash:
         bits = 128
     try:
-        if not before <= bits <= 128:
-            raise ValueError(tail)
-        return cidr(parse(head), bits)
+        addr = parse(head)
     except ValueError as error:
         raise ValueError(f"{source!r} is not a CIDR") from error
+    if not before <= bits <= 128:
+        raise ValueError(f"{source!r} is not a CIDR")
+    return cidr(addr, bits)
 
 
 def _masked(addr: Addr, bits: int) -> Addr:
