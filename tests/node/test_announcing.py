@@ -67,6 +67,7 @@ def test_a_neighbour_finds_the_node_and_follows_it(made: Cluster, family: int) -
     assert not connects(outside, address, 80, 0.4), "nobody announces it"
 
     made.set(announced(address, "node1"))
+    assert [made.nodes[n].ask("status")["announced"] for n in (1, 2)] == [[address], []]
     outside.run("ip", "neigh", "flush", "to", address)
     assert connects(outside, address, 80, 5 * SCALE), made.logs
     assert neighbour(outside, address) == macs[1]

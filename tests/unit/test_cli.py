@@ -31,11 +31,13 @@ STATUS = {
     "endpoints": 2,
     "pod_cidrs": ["10.244.1.0/24"],
     "routing": "vxlan",
+    "xdp": {"eth0": "native", "wire0": "refused"},
     "pod_mtu": 1450,
     "tables": [{"name": "policy", "rows": 95, "max_entries": 100, "rejected": 0}],
     "rejected": {"policy": ["policy ns/a", "policy ns/b"]},
     "bad_resources": {},
     "errors": {},
+    "announced": ["192.0.2.9", "2001:db8::9"],
 }
 EVENT = {
     "time": 0.5,
@@ -158,6 +160,9 @@ def test_status_says_what_is_wrong(agent: str, capsys: pytest.CaptureFixture[str
     out = capsys.readouterr().out
     assert "map policy is full, left out: policy ns/a, policy ns/b" in out
     assert "map policy has 95 of 100 rows" in out
+    assert "wire0 does not take XDP as configured" in out
+    assert "eth0 does not take" not in out
+    assert "announces 192.0.2.9, 2001:db8::9" in out
 
 
 def test_json(agent: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,7 @@ class StatusView(msgspec.Struct, frozen=True):
     reconcile_seconds: float
     repaired: int
     flow_warnings: list[str]
+    announced: list[str]  # load balancers' addresses that this node answers ARP and ND for
 
 
 class EndpointView(msgspec.Struct, frozen=True):
@@ -163,6 +164,7 @@ def status(  # the one place where all of it comes together
         reconcile_seconds=reconciler.statistics.last_seconds,
         repaired=reconciler.statistics.repaired,
         flow_warnings=flow_warnings,
+        announced=[text(addr) for addr in sorted(projection.announced.announcing)],
     )
 
 

@@ -98,6 +98,9 @@ def _notes(data: dict[str, Any]) -> Iterable[str]:
         if row["rows"] > 0.9 * row["max_entries"]:
             yield f"map {row['name']} has {row['rows']} of {row['max_entries']} rows"
     yield from data.get("flow_warnings", ())
+    if announced := data.get("announced"):
+        more = f" and {len(announced) - SHOWN} more" if len(announced) > SHOWN else ""
+        yield f"announces {', '.join(announced[:SHOWN])}{more}"
 
 
 def endpoints(answers: Sequence[Answer]) -> str:
