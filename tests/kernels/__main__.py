@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry point: `python -m kernels [SERIES,...|all] [--steps load,bpf,node]`."""
+"""Entry point: `python -m kernels [SERIES,...|all] [--steps load,bpf,node,sctp]`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kernels.errors import KernelRunError
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "build" / "kernels"
 JUNIT = ROOT / "build" / "junit"
-STEPS = ("load", "bpf", "node")
+STEPS = ("load", "bpf", "node", "sctp")
 
 
 def series_list(text: str) -> list[str]:
@@ -58,7 +58,7 @@ def run_kernel(
 def main() -> int:
     parser = argparse.ArgumentParser(prog="kernels", description=__doc__)
     parser.add_argument("series", nargs="?", default="", help="for example 6.1,6.12, or all")
-    parser.add_argument("--steps", default=",".join(STEPS), help="of load, bpf, node")
+    parser.add_argument("--steps", default=",".join(STEPS), help="of load, bpf, node, sctp")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds a kernel")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

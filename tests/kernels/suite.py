@@ -32,6 +32,7 @@ def steps(out: Path) -> dict[str, list[str]]:
         # What a packet costs in nanoseconds says nothing under emulation.
         "bpf": pytest_command(out, "bpf", "tests/bpf", "--ignore=tests/bpf/test_cost.py"),
         "node": pytest_command(out, "node", "tests/node", "-m", "core"),
+        "sctp": pytest_command(out, "sctp", "tests/kernels/sctp"),
     }
 
 
