@@ -37,6 +37,7 @@ STATUS = {
     "rejected": {"policy": ["policy ns/a", "policy ns/b"]},
     "bad_resources": {},
     "errors": {},
+    "announced": ["192.0.2.9", "2001:db8::9"],
 }
 EVENT = {
     "time": 0.5,
@@ -161,6 +162,7 @@ def test_status_says_what_is_wrong(agent: str, capsys: pytest.CaptureFixture[str
     assert "map policy has 95 of 100 rows" in out
     assert "wire0 does not take XDP as configured" in out
     assert "eth0 does not take" not in out
+    assert "announces 192.0.2.9, 2001:db8::9" in out
 
 
 def test_json(agent: str, capsys: pytest.CaptureFixture[str]) -> None:
