@@ -69,7 +69,7 @@ enum announce_answer {
 };
 
 /* Turns a request into its reply. enum announce_answer, or a drop reason. */
-__subprogram int announce_by_arp(struct __sk_buff *ctx)
+__verified_once int announce_by_arp(struct __sk_buff *ctx)
 {
 	struct arp_ethernet arp;
 	struct ip_addr target;

@@ -168,10 +168,14 @@ static __always_inline struct ct_entry *ct_own(const struct packet *packet, stru
 	return entry && packet->service && !(entry->flags & CT_REV_NAT) ? NULL : entry;
 }
 
-__subprogram int ct_open(struct __sk_buff *ctx, struct packet *packet, bool own_node)
+__verified_once int ct_open(struct __sk_buff *ctx, bool own_node)
 {
+	struct packet *packet = packet_current();
+
+	if (!packet)
+		return -DROP_MALFORMED;
 	__u32 generation = policy_generation();
-	int verdict = judge(packet, false);
+	int verdict = judge(false);
 
 	if (own_node)
 		verdict = JUDGED_OWN_NODE;
@@ -193,11 +197,11 @@ static __always_inline int ct_admit(struct __sk_buff *ctx, struct packet *packet
 	if (packet->quoted_l3_offset)
 		return entry || own_node ? 0 : -DROP_INVALID_CT;
 	if (!entry)
-		return ct_open(ctx, packet, own_node);
+		return ct_open(ctx, own_node);
 	/* Policy changed since the flow was allowed. Denied, the entry stays and says who opened
 	 * the flow: without it, the other side's next packet would count as opening a new one. */
 	if (entry->generation != generation && !(entry->flags & CT_UNJUDGED) && !own_node) {
-		int verdict = judge(packet, !ct_from_origin(packet, entry->flags));
+		int verdict = judge(!ct_from_origin(packet, entry->flags));
 
 		if (verdict < 0)
 			return verdict;

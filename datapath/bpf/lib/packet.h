@@ -121,6 +121,7 @@ struct scratch {
 	struct packet quoted;
 	struct cursor cursor;
 	struct tuple sent;		/* packet.flow as it came, once that is .rewritten */
+	struct ip_addr fresh;		/* lib/rewrite.h: what an end of the packet becomes */
 };
 
 /* The map's own type, so that a changed struct packet is no changed map. */
@@ -155,6 +156,14 @@ static __always_inline struct packet *packet_new(enum direction direction)
 	__builtin_memset(&mine->packet, 0, sizeof(mine->packet));
 	mine->packet.direction = direction;
 	return &mine->packet;
+}
+
+/* The packet that packet_new() gave, for steps that cannot be told. */
+static __always_inline struct packet *packet_current(void)
+{
+	struct scratch *mine = scratch_get();
+
+	return mine ? &mine->packet : NULL;
 }
 
 /* Copies the next bytes without moving. */
@@ -429,7 +438,7 @@ __subprogram int parse_quoted(struct __sk_buff *ctx, struct scratch *mine)
 }
 
 /* Reads the frame into the packet that packet_new() gave. enum parsed, or a drop reason. */
-__subprogram int parse(struct __sk_buff *ctx)
+__verified_once int parse(struct __sk_buff *ctx)
 {
 	struct scratch *mine = scratch_get();
 	int error;

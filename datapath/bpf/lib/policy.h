@@ -60,10 +60,14 @@ __subprogram bool policy_allows(const struct isolation *isolation, __u32 peer,
 	return false;
 }
 
-/* Judges the packet's flow; @reversed when the packet's destination opened it. Both ends are
+/* Judges the current packet's flow; @reversed when the packet's destination opened it. Both ends are
  * judged if they are here. enum judged, or a drop reason. */
-__subprogram int judge(struct packet *packet, bool reversed)
+__verified_once int judge(bool reversed)
 {
+	struct packet *packet = packet_current();
+
+	if (!packet)
+		return -DROP_MALFORMED;
 	struct judgement *judgement = &packet->judgement;
 	struct tuple opened = packet->flow;
 

@@ -186,14 +186,18 @@ static __always_inline int rewrite_quoted(struct __sk_buff *ctx, const struct pa
 	return 0;
 }
 
+/* What the packet lies in: it comes first there. */
+static __always_inline struct scratch *scratch_of(struct packet *packet)
+{
+	return (struct scratch *)packet;
+}
+
 /* Keeps the flow as it came, for answers to its sender. */
 static __always_inline void packet_remember(struct packet *packet)
 {
-	struct scratch *mine = scratch_get();
-
-	if (!mine || packet->rewritten)
+	if (packet->rewritten)
 		return;
-	mine->sent = packet->flow;
+	scratch_of(packet)->sent = packet->flow;
 	packet->rewritten = 1;
 }
 
@@ -211,10 +215,13 @@ static __always_inline void packet_set_end(struct packet *packet, enum packet_en
 	}
 }
 
-/* Gives one end of the packet, and of the flow, another address and port. 0 or a reason. */
-__subprogram int rewrite(struct __sk_buff *ctx, struct packet *packet, enum packet_end end,
-			      const struct ip_addr *address, __be16 port)
+__verified_once int rewrite_to_fresh(struct __sk_buff *ctx, enum packet_end end, __be16 port)
 {
+	struct packet *packet = packet_current();
+
+	if (!packet)
+		return -DROP_MALFORMED;
+	const struct ip_addr *address = &scratch_of(packet)->fresh;
 	struct ip_addr old = end == END_SOURCE ? packet->flow.source : packet->flow.destination;
 	__be16 old_port = end == END_SOURCE ? packet->flow.source_port :
 					      packet->flow.destination_port;
@@ -242,14 +249,20 @@ __subprogram int rewrite(struct __sk_buff *ctx, struct packet *packet, enum pack
 	return 0;
 }
 
+/* Gives one end of the packet, and of the flow, another address and port. 0 or a reason. */
+static __always_inline int rewrite(struct __sk_buff *ctx, struct packet *packet,
+				   enum packet_end end, const struct ip_addr *address, __be16 port)
+{
+	scratch_of(packet)->fresh = *address;
+	return rewrite_to_fresh(ctx, end, port);
+}
+
 /* Makes the packet what it was: its sender knows no other, and an error must quote that. */
 static __always_inline int rewrite_as_sent(struct __sk_buff *ctx, struct packet *packet)
 {
-	const struct scratch *mine = scratch_get();
-
-	if (!mine || !packet->rewritten)
+	if (!packet->rewritten)
 		return 0;
-	struct tuple sent = mine->sent;
+	struct tuple sent = scratch_of(packet)->sent;
 	int error = rewrite(ctx, packet, END_SOURCE, &sent.source, sent.source_port);
 
 	return error ? error :

@@ -106,8 +106,12 @@ static __always_inline int service_choose(struct packet *packet, struct ct_entry
 	return error ? error : 1;
 }
 
-__subprogram int service_open(struct __sk_buff *ctx, struct packet *packet)
+__verified_once int service_open(struct __sk_buff *ctx)
 {
+	struct packet *packet = packet_current();
+
+	if (!packet)
+		return -DROP_MALFORMED;
 	struct ct_entry entry = {};
 	int found = service_choose(packet, &entry);
 
@@ -120,11 +124,11 @@ static __always_inline int service_to_backend(struct __sk_buff *ctx, struct pack
 					      struct ct_entry *entry)
 {
 	if (!entry)
-		return service_open(ctx, packet);
+		return service_open(ctx);
 	if (!(entry->flags & CT_SERVICE))
 		return 0;
 	if (!service_is_current(packet))
-		return service_open(ctx, packet);
+		return service_open(ctx);
 	if (!packet->quoted_l3_offset)
 		ct_refresh(packet, entry);
 	return service_redirect(ctx, packet, entry);
