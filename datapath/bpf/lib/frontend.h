@@ -22,7 +22,7 @@ static __always_inline bool frontend_exists(const struct packet *packet)
 static __always_inline bool frontend_may_be_gone(const struct packet *packet)
 {
 	return packet->quoted_l3_offset ||
-	       (packet->flow.l4_proto == IPPROTO_TCP && packet->fragment != FRAGMENT_LATER &&
+	       (is_connection(packet) && packet->fragment != FRAGMENT_LATER &&
 		!(packet->tcp_flags & TCP_SYN));
 }
 
