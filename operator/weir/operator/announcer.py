@@ -119,9 +119,11 @@ class Announcer:
             self._ready[name] = None
         # A node that is no candidate any more matters to what it has; a new one to what it wins.
         for addr in self._users:
+            if addr in self._dirty:
+                continue
             current = self.announced.get(addr, "")
-            wins = after and weight(addr, name) > weight(addr, current)
-            if current in ("", name) or self._is_local(addr) or wins:
+            concerned = current in ("", name) or self._is_local(addr)
+            if concerned or (after and weight(addr, name) > weight(addr, current)):
                 self._dirty[addr] = None
 
     def _all_dirty(self) -> None:
