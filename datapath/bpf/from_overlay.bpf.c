@@ -44,26 +44,7 @@ int from_overlay(struct __sk_buff *ctx)
 	verdict = check_sender(ctx, packet);
 	if (verdict < 0)
 		return drop(ctx, packet, verdict);
-
-	int fragment = fragment_resolve(packet);
-	int returns = fragment == 0 ? snat_reply(ctx, packet) : 0;
-
-	if (returns < 0)
-		return drop(ctx, packet, returns);
-	const struct endpoint *destination = endpoint_find(&packet->flow.destination);
-
-	if (!destination && !returns && fragment == 0) {
-		verdict = frontend_ask(ctx, packet);
-		if (verdict < 0)
-			return frontend_refuse(ctx, packet, verdict);
-		destination = endpoint_find(&packet->flow.destination);
-	}
-	if (destination)
-		return fragment < 0 ? drop(ctx, packet, fragment) :
-				      arrive_at_pod(ctx, packet, destination);
-	if (!returns && !packet->service)
-		return arrive_is_stray(packet) ? drop(ctx, packet, DROP_NO_ENDPOINT) : pass_up(ctx);
-	verdict = frontend_forward(ctx, packet, returns);
+	verdict = frontend_receive(ctx, packet);
 	return verdict == TC_ACT_OK ? pass_up(ctx) : verdict;
 }
 

@@ -6,17 +6,6 @@
 #include "lib/frontend.h"
 #include "lib/overlay.h"
 
-/* With an overlay, pods of other nodes come through it alone. */
-static __always_inline bool bypasses_overlay(const struct packet *packet)
-{
-	const struct route *route;
-
-	if (!tunnel)
-		return false;
-	route = route_find(&packet->sender);
-	return route && (route->flags & ROUTE_POD_CIDR);
-}
-
 SEC("tc")
 int from_uplink(struct __sk_buff *ctx)
 {
@@ -38,28 +27,7 @@ int from_uplink(struct __sk_buff *ctx)
 		return TC_ACT_OK;
 	if (arrive_is_spoofed(packet))
 		return drop(ctx, packet, DROP_SPOOFED_SOURCE);
-
-	int fragment = fragment_resolve(packet);
-	int returns = fragment == 0 ? snat_reply(ctx, packet) : 0;
-
-	if (returns < 0)
-		return drop(ctx, packet, returns);
-	const struct endpoint *destination = endpoint_find(&packet->flow.destination);
-
-	if (!destination && !returns && fragment == 0) {
-		verdict = frontend_ask(ctx, packet);
-		if (verdict < 0)
-			return frontend_refuse(ctx, packet, verdict);
-		destination = endpoint_find(&packet->flow.destination);
-	}
-	if ((destination || packet->service) && bypasses_overlay(packet))
-		return drop(ctx, packet, DROP_SPOOFED_SOURCE);
-	if (destination)
-		return fragment < 0 ? drop(ctx, packet, fragment) :
-				      arrive_at_pod(ctx, packet, destination);
-	if (!returns && !packet->service)
-		return arrive_is_stray(packet) ? drop(ctx, packet, DROP_NO_ENDPOINT) : TC_ACT_OK;
-	return frontend_forward(ctx, packet, returns);
+	return frontend_receive(ctx, packet);
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

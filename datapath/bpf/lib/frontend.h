@@ -201,3 +201,40 @@ static __always_inline int frontend_forward(struct __sk_buff *ctx, struct packet
 	count(ctx, DROP_NONE, DIR_INGRESS);
 	return verdict;
 }
+
+/* With an overlay, pods of other nodes come through it alone. */
+static __always_inline bool bypasses_overlay(const struct packet *packet)
+{
+	if (!tunnel || packet->place != PLACE_UPLINK)
+		return false;
+	const struct route *route = route_find(&packet->sender);
+
+	return route && (route->flags & ROUTE_POD_CIDR);
+}
+
+/* What came in: for a pod, a service, a client of one, or the host, which is TC_ACT_OK. */
+static __always_inline int frontend_receive(struct __sk_buff *ctx, struct packet *packet)
+{
+	int fragment = fragment_resolve(packet);
+	int returns = fragment == 0 ? snat_reply(ctx, packet) : 0;
+
+	if (returns < 0)
+		return drop(ctx, packet, returns);
+	const struct endpoint *destination = endpoint_find(&packet->flow.destination);
+
+	if (!destination && !returns && fragment == 0) {
+		int verdict = frontend_ask(ctx, packet);
+
+		if (verdict < 0)
+			return frontend_refuse(ctx, packet, verdict);
+		destination = endpoint_find(&packet->flow.destination);
+	}
+	if ((destination || packet->service) && bypasses_overlay(packet))
+		return drop(ctx, packet, DROP_SPOOFED_SOURCE);
+	if (destination)
+		return fragment < 0 ? drop(ctx, packet, fragment) :
+				      arrive_at_pod(ctx, packet, destination);
+	if (!returns && !packet->service)
+		return arrive_is_stray(packet) ? drop(ctx, packet, DROP_NO_ENDPOINT) : TC_ACT_OK;
+	return frontend_forward(ctx, packet, returns);
+}
