@@ -19,7 +19,7 @@ from weir.api.address import Addr
 from weir.datapath import features as probing
 from weir.datapath import loader, records
 from weir.datapath.btf import Kind
-from weir.datapath.codec import codec_for
+from weir.datapath.codec import Codec, codec_for
 from weir.datapath.errors import LayoutMismatch
 from weir.datapath.events import EventReader
 from weir.datapath.features import Features
@@ -110,6 +110,15 @@ def make_tables(loaded: loader.Loaded) -> Tables:
     return Tables(**made)
 
 
+def event_codec(loaded: loader.Loaded) -> Codec[records.Event] | None:
+    """None: no object tells what an event looks like."""
+    for btf in loaded.btfs:
+        number = btf.named(Kind.STRUCT, "event")
+        if number is not None:
+            return codec_for(btf, number, records.Event)
+    return None
+
+
 class Datapath:
     """An opened installation. Closing it leaves everything in place and running."""
 
@@ -117,6 +126,7 @@ class Datapath:
         self, loaded: loader.Loaded, links: Links, tables: Tables, kernel: Features
     ) -> None:
         self._loaded = loaded
+        self._event_codec = event_codec(loaded)
         self._links = links
         self.tables = tables
         self.features = kernel
@@ -158,7 +168,9 @@ class Datapath:
         except BaseException:
             loaded.close()
             raise
-        return Datapath(loaded, links, tables, kernel)
+        datapath = Datapath(loaded, links, tables, kernel)
+        loaded.forget_types()
+        return datapath
 
     def close(self) -> None:
         self._loaded.close()
@@ -256,12 +268,9 @@ class Datapath:
         return changed
 
     def events(self) -> EventReader:
-        for btf in self._loaded.btfs:
-            number = btf.named(Kind.STRUCT, "event")
-            if number is not None:
-                codec = codec_for(btf, number, records.Event)
-                return EventReader(self._loaded.maps[EVENTS], codec)
-        raise LayoutMismatch("open", EVENTS, 0, "no object has struct event in its BTF")
+        if self._event_codec is None:
+            raise LayoutMismatch("open", EVENTS, 0, "no object has struct event in its BTF")
+        return EventReader(self._loaded.maps[EVENTS], self._event_codec)
 
     @staticmethod
     def remove(pins: Path) -> None:
