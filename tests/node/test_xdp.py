@@ -70,6 +70,7 @@ def mode_of(node: NetNs) -> str:
     return next((words[word] for word in text.split() if word in words), "off")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", MODES)
 def test_blocks_in_each_mode(
     installation: Installation, pair: tuple[NetNs, NetNs], name: str

@@ -75,6 +75,7 @@ def forwarded(datapath: Datapath) -> int:
     return sum(v.packets for k, v in datapath.tables.metrics.items() if k.reason == 0)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("family", [4, 6], ids=["v4", "v6"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.usefixtures("receiving")
