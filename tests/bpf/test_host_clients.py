@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import pytest
-from scapy.layers.inet import TCP, UDP
+from scapy.layers.inet import ICMP, TCP, UDP
+from scapy.layers.inet6 import ICMPv6PacketTooBig
 from scapy.layers.l2 import Ether
-from scapy.packet import Packet
+from scapy.packet import Packet, Raw
 from support.packet_node import GATEWAY_MAC, HOST_MACS, PEER_MAC, POD_MACS, Book, Node
 from support.packets import TC_ACT_OK, TC_ACT_REDIRECT, TC_ACT_SHOT, assert_packet
 
@@ -62,6 +63,23 @@ def test_host_is_refused(node: Node, net: Book) -> None:
     node.service(6, 80, flags=ServiceFlag.LOCAL)
     out = node.leaves(sent)
     assert (out.code, out.drops) == (TC_ACT_SHOT, {DropReason.NO_LOCAL_BACKEND: 1})
+
+
+def test_host_learns_the_path_mtu(node: Node, net: Book) -> None:
+    """From the VIP, about the packet as it was sent: it believes nothing from its own address."""
+    node.service(17, 80, (net.r, 8080))
+    fields = {"id": 0} if net.family == 4 else {}
+    keep = {"flags": "DF"} if net.family == 4 else {}
+    sent = net.ip(net.node, net.vip, **keep) / UDP(sport=4000, dport=80) / Raw(bytes(1390))
+    out = node.leaves(sent)
+    assert (out.code, out.drops) == (TC_ACT_REDIRECT, {DropReason.TOO_BIG: 1})
+    if net.family == 4:
+        error, header = ICMP(type=3, code=4, nexthopmtu=1400), 20
+    else:
+        error, header = ICMPv6PacketTooBig(mtu=1400), 40
+    quoted = Raw(bytes(sent)[: header + 8])
+    answer = net.ip(net.vip, net.node, **fields) / error / quoted
+    assert_packet(out.packet, bytes(Ether(src=PEER_MAC, dst=GATEWAY_MAC) / answer))
 
 
 def test_what_is_forwarded_is_not_the_hosts(node: Node, net: Book) -> None:

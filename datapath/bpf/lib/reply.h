@@ -153,12 +153,13 @@ static __always_inline int reply_port_unreachable(struct __sk_buff *ctx,
 	return reply_icmp(ctx, packet, &source, &icmp);
 }
 
-/* Errors of a router come from this node, if it has the family. */
+/* Errors of a router come from this node, if it has the family, and is not the one that is told:
+ * no host takes its own address from a device. */
 static __always_inline void router_address(const struct packet *packet, struct ip_addr *address)
 {
 	for (int i = 0; i < 4; i++)
 		address->word[i] = packet->ipv6 ? node_ipv6.word[i] : node_ipv4.word[i];
-	if (address_is_unset(address))
+	if (packet->place == PLACE_HOST || address_is_unset(address))
 		*address = packet->flow.destination;
 }
 
