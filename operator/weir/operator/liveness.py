@@ -6,7 +6,9 @@ without. Announced addresses need not wait for that. Each replica measures by it
 saw the Lease change, as `weir.operator.leader` does. An agent's stream would be no sign: agents
 restart with every upgrade, while their node carries on.
 
-If more than half of the nodes are silent it is not they who fail, and nobody is called silent anew.
+If fewer than half of the nodes were heard of lately, it is not the others who fail: renewals do not
+get through, or are not seen here. Then nobody is called silent anew. Once they get through again
+everybody has the full time from then on, as kubelets come back one after the other.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from weir.operator.objects import Key, Parsed, Problem
 
 PATH = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
 SILENT_SECONDS = 25.0  # two renewals missed
+LATELY_SECONDS = 15.0  # whose last renewal was on time
 LOOK_SECONDS = 1.0
 
 
@@ -47,6 +50,7 @@ class Liveness:
     clock: Callable[[], float] = time.monotonic
     silent: set[str] = field(default_factory=set)
     _heard: dict[str, float] = field(default_factory=dict)
+    _deaf: float = float("-inf")  # when renewals did not get through, the last time
 
     def changed(self, _kind: str, key: Key, _old: object | None, new: object | None) -> None:
         if new is None:
@@ -65,9 +69,12 @@ class Liveness:
 
     def look(self) -> None:
         now = self.clock()
-        late = {name for name, heard in self._heard.items() if now - heard > SILENT_SECONDS}
-        if 2 * len(late) > len(self._heard):
+        lately = sum(now - heard <= LATELY_SECONDS for heard in self._heard.values())
+        if 2 * lately < len(self._heard):
+            self._deaf = now
+        if now - self._deaf <= SILENT_SECONDS:
             return
+        late = {name for name, heard in self._heard.items() if now - heard > SILENT_SECONDS}
         for name in sorted(late - self.silent):
             self.silent.add(name)
             self.tell(name, True)

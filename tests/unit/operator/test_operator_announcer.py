@@ -257,6 +257,28 @@ def test_silent_kubelets() -> None:
     assert told[-1] == ("n1", False)
 
 
+def test_api_server_that_is_away_makes_nobody_silent() -> None:
+    """Kubelets renew one after the other: they neither become late nor come back at once."""
+    told: list[tuple[str, bool]] = []
+    clock = Clock()
+    liveness = Liveness(lambda node, silent: told.append((node, silent)), clock)
+
+    def pass_by(seconds: int, *, away: bool = False, but: str = "") -> None:
+        for _ in range(seconds):
+            clock.now += 1
+            for i, name in enumerate(NODES):
+                if not away and name != but and int(clock.now) % 10 == i:
+                    liveness.changed("Lease", Key("kube-node-lease", name), None, str(clock.now))
+            liveness.look()
+
+    pass_by(60)
+    pass_by(60, away=True)
+    pass_by(60)
+    assert told == []
+    pass_by(40, but="n3")
+    assert told == [("n3", True)]
+
+
 def test_silent_node_does_not_announce() -> None:
     made = put(announcer(), service("a"))
     before = who(made)
