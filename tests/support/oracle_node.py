@@ -169,9 +169,12 @@ class Agent:
         await self.state.restore()
         for endpoint in endpoints:
             self.projection.set_endpoint(endpoint)
-        App._adopt(
-            cast("App", SimpleNamespace(_datapath=self.datapath, projection=self.projection))
+        self_of_app = SimpleNamespace(
+            _datapath=self.datapath,
+            projection=self.projection,
+            flows=SimpleNamespace(adopt=lambda _: None),  # the oracle says nothing of sweeping
         )
+        App._adopt(cast("App", self_of_app))
 
     async def take(self, updates: Iterable[bytes]) -> None:
         assembler = Assembler()
