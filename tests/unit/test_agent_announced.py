@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 from scapy.layers.inet6 import ICMPv6ND_NA, ICMPv6NDOptDstLLAddr, IPv6
 from scapy.layers.l2 import ARP, Ether
 
 from weir.agent.announced import AnnouncedTable, Segment
-from weir.agent.herald import frames, solicited_node
+from weir.agent.herald import RETRY_SECONDS, Herald, frames, solicited_node
 from weir.agent.resources import Announced
 from weir.agent.routes import RouteFacts
 from weir.agent.tables import Projection
@@ -107,3 +109,34 @@ def test_unsolicited_advertisement(address: str) -> None:
 
 def test_solicited_node_group() -> None:
     assert text(Addr(solicited_node(parse("2001:db8::1:2:3456")))) == "ff02::1:ff02:3456"
+
+
+def test_without_a_socket_it_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptor left, or no NET_RAW: the agent does everything else."""
+
+    def refuse(*_args: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    addr = parse("192.0.2.9")
+    told = Herald(lambda: {addr: LAN})
+    with monkeypatch.context() as broken:
+        broken.setattr("socket.socket", refuse)
+        told.converge(100.0)
+    assert told.sent == 0
+    made: list[bytes] = []
+
+    class Out:
+        def __enter__(self) -> Out:
+            return self
+
+        def __exit__(self, *_args: object) -> None:
+            pass
+
+        def sendto(self, frame: bytes, _where: object) -> None:
+            made.append(frame)
+
+    monkeypatch.setattr("socket.socket", lambda *_args: Out())
+    told.converge(101.0)
+    assert made == []
+    told.converge(100.0 + RETRY_SECONDS)
+    assert made == frames(addr, LAN.mac)

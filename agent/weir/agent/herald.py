@@ -83,7 +83,13 @@ class Herald:
             self._tell(due, now)
 
     def _tell(self, due: list[Addr], now: float) -> None:
-        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0) as out:
+        try:
+            out = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
+        except OSError as error:
+            for addr in due:
+                self._failed(addr, now, error)
+            return
+        with out:
             for addr in due:
                 segment, times = self._told[addr], self._due[addr]
                 try:
@@ -92,16 +98,16 @@ class Herald:
                         out.sendto(frame, (segment.device, 0))
                         self.sent += 1
                 except OSError as error:
-                    self._failed(addr, segment, error)
-                    times[-1] = now + RETRY_SECONDS
+                    self._failed(addr, now, error)
                     continue
                 while times and times[-1] <= now:
                     times.pop()
                 if not times:
                     del self._due[addr]
 
-    def _failed(self, addr: Addr, segment: Segment, error: OSError) -> None:
-        words = f"{segment.device}: {error.strerror}"
+    def _failed(self, addr: Addr, now: float, error: OSError) -> None:
+        self._due[addr][-1] = now + RETRY_SECONDS
+        words = f"{self._told[addr].device}: {error.strerror}"
         if words != self._error:  # once for all addresses
             logger.warning("announcing %s at %s; again and again", text(addr), words)
         self._error = words
