@@ -28,6 +28,9 @@ from weir.datapath.records import (
     Runtime,
     Service,
     ServiceKey,
+    SnatEntry,
+    SnatKey,
+    SnatKind,
 )
 from weir.datapath.settings import Settings, Sizes
 
@@ -268,6 +271,10 @@ RELEASED = {
         "16[id:I@0 count:I@4 flags:I@8 affinity_seconds:I@12]",
     ),
     "runtime": ("4[:I@0]", "8[policy_generation:I@0 event_mask:I@4]"),
+    "snat": (
+        "40[remote:16s@0 local:16s@16 remote_port:>H@32 local_port:>H@34 protocol:B@36 kind:B@37]",
+        "24[address:16s@0 port:>H@16 expires:I@20]",
+    ),
 }
 
 
@@ -285,14 +292,26 @@ def leave_behind(tree: pins.Pins, name: str, kind: int, rows: dict[bytes, bytes]
 
 
 def test_maps_of_earlier_versions(installation: Installation) -> None:
-    """Services without identity and runtime without features keep what they have."""
+    """Services without identity, runtime without features and ports without a state keep what
+    they have; the ports those of live flows."""
     tree = pins.Pins(installation.root)
     pins.make_folder(tree.maps)
     key = bytes.fromhex("00000000000000000000ffff0a600001 0050 06 00")
     value = struct.pack("<IIII", 7, 2, 0, 60)
     leave_behind(tree, "services", MapType.HASH, {key: value})
     leave_behind(tree, "runtime", MapType.ARRAY, {bytes(4): struct.pack("<II", 9, 6)})
+    flow = SnatKey(
+        address.parse("192.0.2.9"), address.parse("10.0.0.2"), 80, 4000, 6, SnatKind.FORWARD
+    )
+    raw_key = flow.remote + flow.local + struct.pack(">HHBB2x", 80, 4000, 6, flow.kind)
+    node = address.parse("192.0.2.1")
+    leave_behind(
+        tree, "snat", MapType.LRU_HASH,
+        {raw_key: node + struct.pack(">H2x", 61000) + struct.pack("<I", 77)},
+    )  # fmt: skip
     datapath = installation.open()
+    [(kept, entry)] = datapath.tables.snat.items()
+    assert (kept, entry) == (flow, SnatEntry(node, 61000, 3, 77))
     vip = ServiceKey(address.parse("10.96.0.1"), 80, 6, 0)
     assert dict(datapath.tables.services.items()) == {vip: Service(7, 2, 0, 60)}
     assert datapath.runtime() == Runtime(9, 6)
