@@ -102,7 +102,7 @@ def destroy(victims: Mapping[int, Collection[Peer]], namespaces: Iterable[str]) 
     """Destroys the connected UDP sockets with these cookies that are connected to these peers, in
     the node's own network namespace and those at the paths given. Returns how many. It blocks, and
     not for the main thread, as it enters namespaces."""
-    done = _destroy_here(victims)
+    done = _destroy_here(victims, "the node")
     for path in namespaces:
         if done == len(victims):
             break
@@ -113,7 +113,7 @@ def destroy(victims: Mapping[int, Collection[Peer]], namespaces: Iterable[str]) 
             continue
         try:
             with inside(fd):
-                done += _destroy_here(victims)
+                done += _destroy_here(victims, path)
         except WiringError as error:
             logger.warning("sockets in %s: %s", path, error)
         finally:
@@ -121,9 +121,18 @@ def destroy(victims: Mapping[int, Collection[Peer]], namespaces: Iterable[str]) 
     return done
 
 
-def _destroy_here(victims: Mapping[int, Collection[Peer]]) -> int:
-    with SockDiag() as diag:
-        found = [one for one in diag.connected_udp() if one.peer in victims.get(one.cookie, ())]
-        for one in found:
-            diag.destroy(one)
-    return len(found)
+def _destroy_here(victims: Mapping[int, Collection[Peer]], where: str) -> int:
+    """As many as can be ended: nobody comes back for the others."""
+    done = 0
+    try:
+        with SockDiag() as diag:
+            found = [one for one in diag.connected_udp() if one.peer in victims.get(one.cookie, ())]
+            for one in found:
+                try:
+                    diag.destroy(one)
+                    done += 1
+                except NetlinkError as error:
+                    logger.warning("a socket of %s: %s", where, error)
+    except (OSError, NetlinkError) as error:
+        logger.warning("sockets of %s: %s", where, error)
+    return done
