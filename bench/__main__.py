@@ -25,6 +25,7 @@ OUTPUT = ROOT / "build" / "bench.json"
 LOCAL = {
     "pod_to_pod": "two pods on a node, policy on, against a direct veth and the bridge plugin",
     "from_pod": "one packet of an established flow through from_pod, by test run",
+    "programs": "nanoseconds a packet in each program, on every path of Services and pods",
     "xdp": "the blocklist and a NodePort's packets in XDP against tc, by test run",
     "cni_add": "CNI ADD against bridge + host-local",
     "cold_start": "empty maps to 10,000 services",
