@@ -144,6 +144,9 @@ __subprogram int snat_open(const struct snat_key *forward_key, struct snat_entry
 
 		if (offset >= ports)
 			offset -= ports;
+		/* What comes there is the overlay's: overlay_is_outer(). */
+		if (key.protocol == IPPROTO_UDP && snat_port_first + offset == overlay_port)
+			continue;
 		key.local_port = bpf_htons(snat_port_first + offset);
 
 		const struct snat_entry *taken = bpf_map_lookup_elem(&snat, &key);
