@@ -45,6 +45,15 @@ static __always_inline bool dsr_has_room(const struct packet *packet)
 	return packet->ipv6 || packet->l4_offset == ETH_HLEN + sizeof(struct iphdr);
 }
 
+/* A client in the cluster may be on the backend's node, which takes what comes from there with an
+ * address of its own for a lie. */
+static __always_inline bool dsr_client_is_outside(const struct ip_addr *client)
+{
+	const struct route *route = route_find(client);
+
+	return !(route && (route->flags & ROUTE_POD_CIDR)) && !is_node(client);
+}
+
 /* A pod's node takes the option out; a node's own sockets would not know what to do with it. */
 static __always_inline bool dsr_is_possible(const struct packet *packet,
 					    const struct ip_addr *backend)
@@ -52,7 +61,8 @@ static __always_inline bool dsr_is_possible(const struct packet *packet,
 	const struct address *known = bpf_map_lookup_elem(&addresses, backend);
 
 	return packet->place == PLACE_UPLINK && dsr_has_room(packet) && known &&
-	       !(known->flags & (ADDRESS_LOCAL_HOST | ADDRESS_REMOTE_NODE));
+	       !(known->flags & (ADDRESS_LOCAL_HOST | ADDRESS_REMOTE_NODE)) &&
+	       dsr_client_is_outside(&packet->flow.source);
 }
 
 /* Bytes that this packet of such a flow gets. Of a connection the first says it. */
