@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 from scapy.layers.inet import TCP, UDP
+from scapy.layers.l2 import Ether
 from support.datapaths import Datapaths
-from support.packet_node import Book, Node, World
-from support.packets import TC_ACT_REDIRECT
+from support.packet_node import GATEWAY_MAC, PEER_MAC, Book, Node, World
+from support.packets import TC_ACT_OK, TC_ACT_REDIRECT, XDP_PASS
 
 from weir.datapath.records import DropReason, ServiceFlag, SnatKind
 from weir.datapath.settings import Settings
@@ -30,6 +31,23 @@ def either(
     made = Node(datapaths.get(chosen), world, net)
     yield made
     made.reader.close()
+
+
+@pytest.mark.parametrize("backend", ["pod here", "elsewhere"])
+def test_a_loopback_frontend_is_for_sockets_alone(either: Node, net: Book, backend: str) -> None:
+    """A host port of 127.0.0.1 is none for neighbours and pods that put it into a packet."""
+    loopback = "127.0.0.1" if net.family == 4 else "::1"
+    either.service(6, 80, (net.b if backend == "pod here" else net.r, 8080), at=loopback)
+    segment = TCP(sport=4000, dport=80, flags="S")
+    asks = Ether(src=PEER_MAC, dst=GATEWAY_MAC) / net.ip(net.world, loopback) / segment
+    out = either.run("from_uplink", "ul", asks)
+    assert (out.code, out.packet) == (TC_ACT_OK, bytes(asks))
+    either.datapath.set_event_mask(0)
+    out = either.run_xdp("ul", asks)
+    assert (out.code, out.packet) == (XDP_PASS, bytes(asks))
+    out = either.from_pod("a", net.ip(net.a, loopback) / segment)
+    assert out.drops == {DropReason.NOT_UNICAST: 1}
+    assert either.flows() == {}
 
 
 @pytest.mark.parametrize("who", ["node", "pod", "new pod"])
@@ -59,3 +77,12 @@ def test_answers_do_not_look_like_the_overlay(
     node.reader.close()
     assert chosen.overlay_port not in taken
     assert out.drops == {DropReason.SNAT_NO_PORT: 1}
+
+
+def test_from_the_frontend_is_not_to_it(either: Node, net: Book) -> None:
+    """What claims to be a service's answer to this node is not sent to its backend."""
+    either.service(6, 80, (net.b, 8080))
+    asked = either.leaves(net.ip(net.node, net.vip) / TCP(sport=4000, dport=80, flags="S"))
+    assert asked.frame[1].dst == net.b
+    out = either.arrives(net.ip(net.vip, net.node) / TCP(sport=80, dport=4000, flags="A"))
+    assert (out.code, out.frame[1].dst) == (TC_ACT_OK, net.node)

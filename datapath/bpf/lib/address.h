@@ -53,18 +53,19 @@ static __always_inline int address_order(const struct ip_addr *a, const struct i
 	return 0;
 }
 
-/* Multicast, broadcast, unspecified and link-local: never routed. */
+/* Multicast, broadcast, unspecified, link-local and loopback: never routed. */
 static __always_inline bool address_is_link_scope(const struct ip_addr *address)
 {
 	if (address_is_ipv4(address)) {
 		__u32 ipv4 = bpf_ntohl(address->word[3]);
 
-		return ipv4 == 0 || ipv4 >= 0xe0000000 || (ipv4 >> 16) == 0xa9fe;
+		return ipv4 == 0 || ipv4 >= 0xe0000000 || (ipv4 >> 16) == 0xa9fe ||
+		       (ipv4 >> 24) == 127;
 	}
 	__u32 first = bpf_ntohl(address->word[0]);
 
 	return (first >> 24) == 0xff || (first >> 22) == (0xfe800000 >> 22) ||
-	       address_is_unset(address);
+	       address_is_unset(address) || address_is_loopback(address);
 }
 
 /* The difference that replacing one address by the other makes in a ones' complement sum.

@@ -15,7 +15,7 @@ static __always_inline bool forward_to_backend(struct packet *packet)
 	struct ct_entry chosen = {};
 	struct snat_entry source = {};
 
-	if (entry && !(entry->flags & CT_SERVICE))
+	if (entry && !service_is_asked(packet, entry))
 		return false;
 	if (entry && service_is_current(packet)) {
 		ct_refresh(packet, entry);
@@ -69,7 +69,8 @@ __subprogram bool forward_decide(struct packet *packet)
 	const struct tuple *flow = &packet->flow;
 	const struct snat_entry *receiver;
 
-	if (packet->hop_limit <= 1 || overlay_is_outer(packet))
+	if (packet->hop_limit <= 1 || address_is_link_scope(&flow->destination) ||
+	    overlay_is_outer(packet))
 		return false;
 	receiver = snat_receiver(packet);
 	if (!receiver && (endpoint_find(&flow->destination) || !frontend_is_asked(packet)))

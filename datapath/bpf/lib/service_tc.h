@@ -67,6 +67,13 @@ static __always_inline int service_redirect(struct __sk_buff *ctx, struct packet
 	return rewrite(ctx, packet, END_DESTINATION, &backend, chosen->nat_port);
 }
 
+/* Whether the packet is the client's: what claims to come from the VIP is not for a backend. */
+static __always_inline bool service_is_asked(const struct packet *packet,
+					     const struct ct_entry *entry)
+{
+	return (entry->flags & CT_SERVICE) && ct_from_origin(packet, entry->flags);
+}
+
 /* Whether the client stays on its backend: a TCP connection does for its life, datagrams while
  * the service is there. The agent deletes the entries of backends that are gone. */
 static __always_inline bool service_is_current(const struct packet *packet)
@@ -125,7 +132,7 @@ static __always_inline int service_to_backend(struct __sk_buff *ctx, struct pack
 {
 	if (!entry)
 		return service_open(ctx);
-	if (!(entry->flags & CT_SERVICE))
+	if (!service_is_asked(packet, entry))
 		return 0;
 	if (!service_is_current(packet))
 		return service_open(ctx);

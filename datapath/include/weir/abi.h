@@ -40,7 +40,7 @@ enum drop_reason {
 	DROP_NO_ENDPOINT = 14,		/* an address of this node's pod CIDR that no pod has */
 	DROP_TTL_EXCEEDED = 15,		/* hop limit reached zero while forwarding */
 	DROP_REWRITE = 16,		/* the kernel refused to change or redirect the packet */
-	DROP_NOT_UNICAST = 17,		/* multicast, broadcast or link-local, from a pod: not routed (no event) */
+	DROP_NOT_UNICAST = 17,		/* multicast, broadcast, link-local or loopback, from a pod: not routed (no event) */
 	DROP_NO_LOCAL_BACKEND = 18,	/* traffic policy Local, and the service has no endpoint on this node */
 	DROP_SOURCE_RANGE = 19,		/* not in the service's loadBalancerSourceRanges */
 	DROP_BLOCKED = 20,		/* the source is in a blocked prefix */
