@@ -13,6 +13,7 @@ from support.datapaths import Datapaths
 from support.packet_node import GATEWAY_MAC, PEER_MAC, Book, Node, World
 from support.packets import TC_ACT_OK, TC_ACT_REDIRECT, XDP_PASS
 
+from weir.api.address import parse
 from weir.datapath.records import DropReason, ServiceFlag, SnatKind
 from weir.datapath.settings import Settings
 
@@ -64,6 +65,17 @@ def test_clients_inside_get_no_direct_return(
     assert (out.code, out.drops, out.frame[1].src) == (TC_ACT_REDIRECT, {}, net.node)
 
 
+def test_an_answer_for_a_pod_that_is_gone(either: Node, net: Book) -> None:
+    """Not back to the network, for which the address may be this node's."""
+    segment = TCP(sport=4000, dport=80, flags="S")
+    either.from_pod("a", net.ip(net.a, net.world) / segment)
+    assert either.leaves(net.ip(net.a, net.world) / segment).code == TC_ACT_OK
+    [port] = {e.port for k, e in either.tables.snat.items() if k.kind == SnatKind.FORWARD}
+    either.tables.endpoints.delete([parse(net.a)])
+    out = either.arrives(net.ip(net.world, net.node) / TCP(sport=80, dport=port, flags="SA"))
+    assert out.drops == {DropReason.NO_ENDPOINT: 1}
+
+
 def test_answers_do_not_look_like_the_overlay(
     datapaths: Datapaths, settings: Settings, world: World, net: Book
 ) -> None:
@@ -77,6 +89,16 @@ def test_answers_do_not_look_like_the_overlay(
     node.reader.close()
     assert chosen.overlay_port not in taken
     assert out.drops == {DropReason.SNAT_NO_PORT: 1}
+
+
+def test_a_lie_leaves_nothing_behind(node: Node, net: Book) -> None:
+    """Else who lies about its source could choose a pod's backend, or have it refused."""
+    node.service(6, 80, (net.r, 8080), flags=ServiceFlag.DSR, at=net.node)
+    node.service(6, 81, number=2, at=net.node)
+    for port in (80, 81):
+        out = node.arrives(net.ip(net.unknown, net.node) / TCP(sport=1, dport=port, flags="S"))
+        assert out.drops == {DropReason.SPOOFED_SOURCE: 1}
+    assert node.flows() == {}
 
 
 def test_from_the_frontend_is_not_to_it(either: Node, net: Book) -> None:

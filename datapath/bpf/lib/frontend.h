@@ -127,6 +127,9 @@ static __always_inline int frontend_to_client(struct __sk_buff *ctx, struct pack
 
 	if (!entry)
 		return -DROP_INVALID_CT;
+	/* Of a masqueraded pod that is gone. */
+	if (!(entry->flags & CT_REV_NAT))
+		return -DROP_NO_ENDPOINT;
 	int verdict = ct_admit(ctx, packet, entry, true);
 
 	if (verdict < 0)
@@ -178,6 +181,16 @@ static __always_inline int frontend_refuse(struct __sk_buff *ctx, struct packet 
 	return error ? TC_ACT_SHOT : frontend_answer(ctx, 0);
 }
 
+/* With an overlay, pods of other nodes come through it alone. */
+static __always_inline bool bypasses_overlay(const struct packet *packet)
+{
+	if (!tunnel || packet->place != PLACE_UPLINK)
+		return false;
+	const struct route *route = route_find(&packet->sender);
+
+	return route && (route->flags & ROUTE_POD_CIDR);
+}
+
 /* Sends what asks for a service to a backend: packet->service is set then. 0 or a drop reason. */
 static __always_inline int frontend_ask(struct __sk_buff *ctx, struct packet *packet)
 {
@@ -187,7 +200,11 @@ static __always_inline int frontend_ask(struct __sk_buff *ctx, struct packet *pa
 		return 0;
 	struct ct_entry *entry = ct_find(packet);
 
-	return exists || entry ? service_to_backend(ctx, packet, entry) : 0;
+	if (!exists && !(entry && service_is_asked(packet, entry)))
+		return 0;
+	/* Before anything is chosen or said in the name of the pod. */
+	return bypasses_overlay(packet) ? -DROP_SPOOFED_SOURCE :
+					  service_to_backend(ctx, packet, entry);
 }
 
 /* What is for no pod of this node: to the backend, or back to the client. */
@@ -200,16 +217,6 @@ static __always_inline int frontend_forward(struct __sk_buff *ctx, struct packet
 		return frontend_refuse(ctx, packet, verdict);
 	count(ctx, DROP_NONE, DIR_INGRESS);
 	return verdict;
-}
-
-/* With an overlay, pods of other nodes come through it alone. */
-static __always_inline bool bypasses_overlay(const struct packet *packet)
-{
-	if (!tunnel || packet->place != PLACE_UPLINK)
-		return false;
-	const struct route *route = route_find(&packet->sender);
-
-	return route && (route->flags & ROUTE_POD_CIDR);
 }
 
 /* What came in: for a pod, a service, a client of one, or the host, which is TC_ACT_OK. */
@@ -229,7 +236,7 @@ static __always_inline int frontend_receive(struct __sk_buff *ctx, struct packet
 			return frontend_refuse(ctx, packet, verdict);
 		destination = endpoint_find(&packet->flow.destination);
 	}
-	if ((destination || packet->service) && bypasses_overlay(packet))
+	if (destination && !packet->service && bypasses_overlay(packet))
 		return drop(ctx, packet, DROP_SPOOFED_SOURCE);
 	if (destination)
 		return fragment < 0 ? drop(ctx, packet, fragment) :
