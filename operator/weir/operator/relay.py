@@ -195,8 +195,12 @@ class Relay:
         credentials = grpc.ssl_channel_credentials(root_certificates=ca)
         channel = grpc.aio.secure_channel(target, credentials, options=OPTIONS)
         self._channels[target] = (ca, channel)
+        useless = self._channels.keys() - self._peers - {target}
+        closing = [self._channels.pop(gone) for gone in useless]
         if known is not None:
-            await known[1].close(None)
+            closing.append(known)
+        for _, old in closing:
+            await old.close(None)
         return channel
 
 

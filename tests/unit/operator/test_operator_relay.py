@@ -225,6 +225,16 @@ def test_replicas_are_found_by_the_operators_service() -> None:
     assert operators(the_slice("other", "192.0.2.1")) == set()
 
 
+async def test_connections_to_replicas_that_are_gone_are_closed() -> None:
+    async with pair() as p:
+        relay = (await p.start("one")).relay
+        for peers in ({"127.0.0.1:1", "127.0.0.1:2"}, {"127.0.0.1:2", "127.0.0.1:3"}):
+            relay.set_peers(frozenset(peers))
+            for target in sorted(peers):
+                await relay._channel(target)
+        assert relay._channels.keys() == {"127.0.0.1:2", "127.0.0.1:3"}
+
+
 def test_peers_follow_the_slices() -> None:
     class Sink:
         told = 0
