@@ -78,7 +78,8 @@ class HealthChecks:
         await runner.setup()
         try:
             while True:
-                await self.converge(runner)
+                if await self.converge(runner) != self.wanted():
+                    continue  # a change that `changed` was not there for
                 try:
                     async with asyncio.timeout(RETRY_SECONDS if self.errors else None):
                         await changed()
@@ -88,7 +89,8 @@ class HealthChecks:
             self._listening.clear()
             await runner.cleanup()
 
-    async def converge(self, runner: web.AppRunner) -> None:
+    async def converge(self, runner: web.AppRunner) -> dict[Place, ServiceName | None]:
+        """Returns what was wanted as it began."""
         wanted = self.wanted()
         for place in [place for place in self._listening if place not in wanted]:
             await self._listening.pop(place).site.stop()
@@ -117,6 +119,7 @@ class HealthChecks:
             site = web.SockSite(runner, listener)
             await site.start()
             self._listening[place] = Listening(site, service)
+        return wanted
 
     def wanted(self) -> dict[Place, ServiceName | None]:
         ports: dict[int, ServiceName | None] = {}
