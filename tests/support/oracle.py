@@ -21,7 +21,7 @@ Name = tuple[str, str]
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-# Well-known labels of Services that are not for the cluster's proxy.
+# Well-known labels of Services and slices that are not for the cluster's proxy.
 OTHER_PROXY = "service.kubernetes.io/service-proxy-name"
 HEADLESS = "service.kubernetes.io/headless"
 MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
@@ -83,7 +83,8 @@ class Oracle:
         for (namespace, name), service in self._cluster.of("Service").items():
             if vip not in service["spec"].get("clusterIPs", []):
                 continue
-            if OTHER_PROXY in labels(service) or HEADLESS in labels(service):
+            # HEADLESS on a Service says nothing: kube-proxy looks for it on slices alone.
+            if OTHER_PROXY in labels(service):
                 return None
             for wanted in service["spec"]["ports"]:
                 if wanted["port"] == port and wanted.get("protocol", "TCP") == protocol:

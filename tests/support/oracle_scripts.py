@@ -114,7 +114,7 @@ SERVICE_PORTS: list[list[Json]] = [
     [{"name": "t", "port": 80}, {"name": "s", "port": 443}],
     [{"name": "u", "port": 53, "protocol": "UDP"}, {"name": "t", "port": 53, "protocol": "TCP"}],
 ]
-UNSERVED = [OTHER_PROXY, HEADLESS]
+SERVICE_LABELS = [OTHER_PROXY, HEADLESS]
 SLICE_PORTS = [80, 8080, 53, 443]
 
 
@@ -220,7 +220,7 @@ def some_service(rng: Random, name: str) -> Json:
     vips = [f"10.96.0.{last}" if family == 4 else f"fd00:96::{last}" for family in families]
     spec: Json = {"ports": rng.choice(SERVICE_PORTS), "clusterIPs": vips or ["None"]}
     spec["clusterIP"] = spec["clusterIPs"][0]
-    labels = {rng.choice(UNSERVED): rng.choice(["", "mesh"])} if rng.random() < 0.1 else {}
+    labels = {rng.choice(SERVICE_LABELS): rng.choice(["", "mesh"])} if rng.random() < 0.1 else {}
     return {"metadata": {"labels": labels}, "spec": spec}
 
 
