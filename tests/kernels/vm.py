@@ -53,7 +53,7 @@ class Size:
     """What a guest gets. Defaults: two CPUs, so that per-CPU maps and races are real."""
 
     cpus: int = 2
-    memory_mib: int = 768
+    memory_mib: int = 2048
 
 
 def boot_modules(kernel: Kernel) -> list[Path]:
