@@ -106,7 +106,6 @@ class Projection:
         self._rules: dict[PolicyName, list[int]] = {}
         self._host_ports: dict[str, resources.Pod] = {}
         self._dirty_host_ports = False
-        self._other_features = 0
 
     # ---- inputs
 
@@ -128,11 +127,6 @@ class Projection:
     def set_facts(self, facts: RouteFacts, segments: tuple[Segment, ...] = ()) -> None:
         self.routes.set_facts(facts)
         self.announced.set_facts(facts.node, segments)
-
-    def set_feature(self, feature: records.RuntimeFeature, *, on: bool) -> None:
-        """What the programs are to look at for others than Services."""
-        self._other_features &= ~feature
-        self._other_features |= feature if on else 0
 
     # ---- outputs
 
@@ -214,7 +208,7 @@ class Projection:
     def features(self) -> int:
         """RuntimeFeature bits."""
         announces = records.RuntimeFeature.ANNOUNCES if self.announced.rows.rows else 0
-        return self.services.features | self._other_features | announces
+        return self.services.features | announces
 
     @property
     def host_routes(self) -> frozenset[HostRoute]:

@@ -43,10 +43,6 @@ logger = logging.getLogger(__name__)
 STOP_SECONDS = 2.0
 
 
-class StartError(Exception):
-    """The operator cannot run as configured."""
-
-
 def access(config: Config) -> kubeconfig.Access:
     """Blocks on files."""
     if config.kubeconfig:
