@@ -168,6 +168,29 @@ def _index(node: NetNs) -> int:
     return int(node.run("ip", "-o", "link", "show", "uplink").split(":")[0])
 
 
+def test_an_uplink_that_is_none_any_more(
+    installation: Installation, pair: tuple[NetNs, NetNs]
+) -> None:
+    """Another agent attached to it, with other settings; a pod's device stays."""
+    node, _ = pair
+    with node.entered():
+        node.run("ip", "link", "add", "pod", "type", "veth", "peer", "name", "peer")
+        node.run("ip", "link", "set", "pod", "up")
+        datapath = opened(installation)
+        datapath.attach_uplink("uplink", MODES["native"])
+        datapath.attach_pod("pod")
+        assert datapath.attached() == {"uplink", "pod"}
+        datapath.close()
+        datapath = opened(installation)
+        datapath.keep_uplinks(["uplink"])
+        assert datapath.attached() == {"uplink", "pod"}
+        datapath.keep_uplinks(["other"])
+        assert datapath.attached() == {"pod"}
+        assert mode_of(node) == "off"
+        assert not (installation.root / "links" / "uplink").exists()
+        datapath.close()
+
+
 def test_device_gone_and_back(installation: Installation, pair: tuple[NetNs, NetNs]) -> None:
     """A device of the same name is another one: attached anew. All gone after detach."""
     node, outside = pair

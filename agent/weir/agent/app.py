@@ -220,6 +220,8 @@ class App:
         self._datapath.close()
 
     async def _attach(self) -> None:
+        # Only now: while it runs, an uplink without an address may get it back any moment.
+        await asyncio.to_thread(self._datapath.keep_uplinks, self._facts.uplinks)
         await asyncio.to_thread(attach_devices, self._datapath, self._facts, self._config)
         # Their devices are up already; a pod without programs would be one without policy.
         for endpoint in self._endpoints.endpoints.values():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from weir.datapath import features as probing
 from weir.datapath import loader, records
 from weir.datapath.btf import Kind
 from weir.datapath.codec import Codec, codec_for
-from weir.datapath.errors import LayoutMismatch
+from weir.datapath.errors import DatapathError, LayoutMismatch
 from weir.datapath.events import EventReader
 from weir.datapath.features import Features
 from weir.datapath.libbpf import MapType, XdpMode
@@ -204,6 +204,16 @@ class Datapath:
         self._set_xdp(ifname, None)
         self._links.detach(ifname, (*UPLINK, XDP))
         del self._xdp[ifname]
+
+    def keep_uplinks(self, ifnames: Collection[str]) -> None:
+        """Detaches from what is no uplink any more, as somebody else's setting said before."""
+        noted = {name for part in (*UPLINK, XDP) for name in self._links.with_program(part.program)}
+        for ifname in sorted(noted - set(ifnames)):
+            try:
+                self.detach_uplink(ifname)
+                logger.info("%s is no uplink any more: detached", ifname)
+            except DatapathError as error:
+                logger.warning("%s is no uplink any more: %s", ifname, error)
 
     def _set_xdp(self, ifname: str, mode: XdpMode | None) -> None:
         """tc leaves to XDP what XDP does on every uplink."""

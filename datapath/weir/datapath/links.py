@@ -258,6 +258,11 @@ class Links:
             if any(self._all_alive(ifname, pins.files(folder), role) for role in wanted)
         }
 
+    def with_program(self, program: str) -> set[str]:
+        """The interfaces that it is noted to be attached to, whether they exist or not."""
+        interfaces = self._tree.interfaces().items()
+        return {ifname for ifname, folder in interfaces if program in pins.files(folder)}
+
     @staticmethod
     def _all_alive(ifname: str, found: Mapping[str, Path], role: tuple[Attachment, ...]) -> bool:
         try:
