@@ -133,7 +133,12 @@ __subprogram int snat_open(const struct snat_key *forward_key, struct snat_entry
 		.port = forward_key->local_port,
 		.expires = forward->expires,
 	};
-	__u32 ports = snat_port_last - snat_port_first + 1;
+	__u32 first = snat_port_first;
+
+	/* Datagrams stay above the port of the overlay: overlay_is_outer(). */
+	if (key.protocol == IPPROTO_UDP && overlay_port >= first && overlay_port < snat_port_last)
+		first = overlay_port + 1;
+	__u32 ports = snat_port_last - first + 1;
 	__u32 start = bpf_get_prandom_u32() % ports;
 	__u32 now = seconds_now();
 	__be16 ended = 0;
@@ -144,10 +149,7 @@ __subprogram int snat_open(const struct snat_key *forward_key, struct snat_entry
 
 		if (offset >= ports)
 			offset -= ports;
-		/* What comes there is the overlay's: overlay_is_outer(). */
-		if (key.protocol == IPPROTO_UDP && snat_port_first + offset == overlay_port)
-			continue;
-		key.local_port = bpf_htons(snat_port_first + offset);
+		key.local_port = bpf_htons(first + offset);
 
 		const struct snat_entry *taken = bpf_map_lookup_elem(&snat, &key);
 
