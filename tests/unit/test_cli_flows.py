@@ -43,6 +43,7 @@ class Script:
 
     lines: list[Any] = field(default_factory=lambda: [FLOW, PLAIN, {}])
     status: int = 200
+    cut: int = 0  # bytes that are missing at the end
     asked: list[str] = field(default_factory=list)
     path: str = ""
 
@@ -57,18 +58,18 @@ def agent(tmp_path: Path) -> Iterator[Script]:
                 self._answer(200, [{"node": "node1"}])
                 return
             script.asked.append(f"{self.command} {self.path}")
-            self._answer(script.status, script.lines)
+            self._answer(script.status, script.lines, script.cut)
 
         def do_POST(self) -> None:
             script.asked.append(f"{self.command} {self.path}")
             self._answer(script.status, [{"flows": 3}])
 
-        def _answer(self, status: int, lines: list[Any]) -> None:
+        def _answer(self, status: int, lines: list[Any], cut: int = 0) -> None:
             body = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) - cut])
 
         def log_message(self, *_: object) -> None:
             """Quiet."""
@@ -109,10 +110,11 @@ def test_a_list_for_programs(agent: Script, capsys: pytest.CaptureFixture[str]) 
     assert lines == [{"node": "node1", **FLOW}, {"node": "node1", **PLAIN}]
 
 
+@pytest.mark.parametrize("cut", [0, 20], ids=["between lines", "within a line"])
 def test_a_list_that_breaks_off_is_an_error(
-    agent: Script, capsys: pytest.CaptureFixture[str]
+    agent: Script, capsys: pytest.CaptureFixture[str], cut: int
 ) -> None:
-    agent.lines = [FLOW]
+    agent.lines, agent.cut = [FLOW], cut
     assert run(agent, "list") == 1
     assert "node1: the agent broke off" in capsys.readouterr().err
 

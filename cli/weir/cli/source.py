@@ -88,10 +88,18 @@ class Local:
         node = str(json.loads(self._get(STATUS.path, TIMEOUT_SECONDS).read())["node"])
         response = self._get(question.path, TIMEOUT_SECONDS, question.method)
         line: dict[str, Any] | None = None
-        while text := response.readline():
-            line = json.loads(text)
-            if line:
-                show(node, line)
+        try:
+            while text := response.readline():
+                line = json.loads(text)
+                if line:
+                    show(node, line)
+        except (
+            TimeoutError,
+            ConnectionResetError,
+            http.client.HTTPException,
+            json.JSONDecodeError,
+        ):
+            line = None
         # An empty object comes last.
         return {} if line == {} else {node: "the agent broke off: its log says why"}
 
@@ -264,7 +272,10 @@ class Kubectl:
 
 def _relay(process: subprocess.Popen[str], node: str, show: Show) -> None:
     for line in process.stdout or ():
-        event = json.loads(line)
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:  # cut off: how the process ends says why
+            continue
         if event:
             show(node, event)
 
