@@ -362,6 +362,26 @@ def test_ended_connections_give_their_port(native: Node, net: Book) -> None:
     assert back.frame.dport == 5000
 
 
+@PROTOCOLS
+@pytest.mark.parametrize("backend", ["here", "elsewhere"])
+def test_one_client_port_to_two_frontends_of_a_backend(
+    native: Node, net: Book, proto: str, backend: str
+) -> None:
+    """Answers come from the one that was asked last: the other's flow is over, if not forgotten."""
+    node, target = native, net.b if backend == "here" else net.r
+    for number, port in enumerate((80, 81), 1):
+        node.service(NUMBER[proto], port, (target, 8080), number=number)
+    for port in (80, 81, 80):
+        asked = node.arrives(net.ip(net.world, net.vip) / segment(proto, 4000, port))
+        assert asked.drops == {}
+        answer = segment(proto, 8080, asked.frame.sport, "SA")
+        if backend == "here":
+            out = node.from_pod("b", net.ip(net.b, net.world) / answer)
+        else:
+            out = node.arrives(net.ip(net.r, net.node) / answer)
+        assert (out.drops, out.frame.sport, out.frame.dport) == ({}, port, 4000)
+
+
 def test_a_question_keeps_its_port_for_less_than_a_stream(native: Node, net: Book) -> None:
     node = native
     node.service(17, 53, (net.r, 5353))

@@ -161,11 +161,17 @@ static __always_inline int ct_record(const struct packet *packet, __u32 generati
 	return ct_create(packet, &entry);
 }
 
-/* The entry that is the flow's own: with the same ports to the VIP and to its backend, the
- * service's flow takes the entry over. */
+/* The entry that is the flow's own. One client's port may have come to the backend before, by its
+ * own address or by another VIP, whose entry lives on: the later flow takes it over, for the
+ * answers are to come from the VIP that it knows. */
 static __always_inline struct ct_entry *ct_own(const struct packet *packet, struct ct_entry *entry)
 {
-	return entry && packet->service && !(entry->flags & CT_REV_NAT) ? NULL : entry;
+	if (!entry || !packet->service)
+		return entry;
+	if (!(entry->flags & CT_REV_NAT) || entry->nat_port != packet->vip_port ||
+	    !address_equal(&entry->nat_address, &packet->vip))
+		return NULL;
+	return entry;
 }
 
 __verified_once int ct_open(struct __sk_buff *ctx, bool own_node)
