@@ -6,6 +6,7 @@ outsider -- uplink (dev ul): xdp_uplink, then from_uplink -- the node and its po
 
 from __future__ import annotations
 
+import time
 import pytest
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment
@@ -149,10 +150,12 @@ def test_tells_who_blocked_it_but_not_of_each(way: Way, net: Book) -> None:
     while way.node.reader.drain():
         pass
     packet = net.ip(net.world, net.node) / TCP(sport=4000, dport=80, flags="S")
+    began = time.monotonic()
     for _ in range(20):
         assert way.arrives(packet) == DROPPED
+    ticks = (time.monotonic() - began) / 0.01  # a hundred a second at most, on a slow machine all
     events = way.node.reader.drain()
-    assert 1 <= len(events) < 20
+    assert 1 <= len(events) <= 2 + ticks
     [first, *_] = events
     assert (first.reason, first.kind, first.rule) == (DropReason.BLOCKED, EventKind.DROP, RULE)
     assert (first.source, first.destination) == (parse(net.world), parse(net.node))
