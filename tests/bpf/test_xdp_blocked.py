@@ -7,6 +7,7 @@ outsider -- uplink (dev ul): xdp_uplink, then from_uplink -- the node and its po
 from __future__ import annotations
 
 import time
+
 import pytest
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment
