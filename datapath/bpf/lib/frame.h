@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* A frame as XDP has it: read by pointer, as far as the blocklist needs. */
+/* A frame as XDP has it: read and written by pointer, for the blocklist and services. */
 #pragma once
 
 #include "lib/packet.h"

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
-/* Answers to a pod about a packet that goes no further: TCP RST, ICMP errors. The packet is
+/* Answers to the sender about a packet that goes no further: TCP RST, ICMP errors. The packet is
  * turned into the answer in place. */
 #pragma once
 

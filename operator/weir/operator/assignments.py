@@ -14,7 +14,6 @@ changes and every RESYNC_SECONDS.
 from __future__ import annotations
 
 import asyncio
-import datetime
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from weir.operator.balancers import (
     WireBalancer,
     parse_balancer,
 )
-from weir.operator.conditions import MESSAGE_MOST, Condition
+from weir.operator.conditions import Condition, condition_body
 from weir.operator.objects import Key, Parsed, Problem, key_of
 from weir.operator.pools import (
     API,
@@ -354,7 +353,7 @@ def _body_of(term: _Term, key: Key) -> dict[str, object] | None:
         "metadata": {"resourceVersion": balancer.resource_version},
         "status": {
             "loadBalancer": {"ingress": ingress or None},
-            "conditions": [_condition_body(wanted, shown.condition)],
+            "conditions": [condition_body(wanted, shown.condition)],
         },
     }
 
@@ -378,23 +377,8 @@ def _pool_body(
     ipv4, ipv6 = counts
     return {
         "status": {
-            "conditions": [_condition_body(wanted, pool.condition)],
+            "conditions": [condition_body(wanted, pool.condition)],
             "ipv4": {"used": ipv4.used, "free": ipv4.free},
             "ipv6": {"used": ipv6.used, "free": ipv6.free},
         }
     }
-
-
-def _condition_body(wanted: Condition, current: Condition | None) -> dict[str, object]:
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    same = current is not None and current.status == wanted.status
-    body: dict[str, object] = {
-        "type": wanted.type,
-        "status": wanted.status,
-        "reason": wanted.reason,
-        "message": wanted.message[:MESSAGE_MOST],
-        "lastTransitionTime": (current.last_transition_time if current and same else "") or now,
-    }
-    if wanted.observed_generation:
-        body["observedGeneration"] = wanted.observed_generation
-    return body

@@ -92,23 +92,7 @@ class Conditions:
         if entry is None:
             return True
         wanted, current = entry
-        now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        same = current is not None and current.status == wanted.status
-        since = current.last_transition_time if current is not None and same else now
-        body = {
-            "status": {
-                "conditions": [
-                    {
-                        "type": wanted.type,
-                        "status": wanted.status,
-                        "reason": wanted.reason,
-                        "message": wanted.message[:MESSAGE_MOST],
-                        "observedGeneration": wanted.observed_generation,
-                        "lastTransitionTime": since or now,
-                    }
-                ]
-            }
-        }
+        body = {"status": {"conditions": [condition_body(wanted, current)]}}
         try:
             await api.patch(path, body, "application/merge-patch+json")
         except ApiError as error:
@@ -119,3 +103,19 @@ class Conditions:
         if self._wanted.get(path) is entry:
             del self._wanted[path]
         return True
+
+
+def condition_body(wanted: Condition, current: Condition | None) -> dict[str, object]:
+    """As the API takes it; the time of the last transition stays while the status does."""
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    same = current is not None and current.status == wanted.status
+    body: dict[str, object] = {
+        "type": wanted.type,
+        "status": wanted.status,
+        "reason": wanted.reason,
+        "message": wanted.message[:MESSAGE_MOST],
+        "lastTransitionTime": (current.last_transition_time if current and same else "") or now,
+    }
+    if wanted.observed_generation:
+        body["observedGeneration"] = wanted.observed_generation
+    return body
