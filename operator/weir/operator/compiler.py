@@ -128,8 +128,9 @@ class Compiler:
     def namespace(self, key: Key, new: Namespace | None) -> None:
         known = self._matcher.knows(key.name)
         if new is None:
-            # Its pods cannot be told by namespace labels any more: they are nowhere.
-            self._matcher.set_namespace(key.name, None)
+            # Its pods cannot be told by namespace labels any more: they are nowhere. Their groups
+            # live on until `flush`, and may be filled again before.
+            self._dirty.groups.update(self._matcher.set_namespace(key.name, None))
             for pod in list(self._in_namespace.get(key.name, ())):
                 self._place(self._pods[pod])
             return

@@ -372,3 +372,17 @@ def test_alike_pods_in_and_out_of_a_block_are_one_cell_again_when_it_goes() -> N
     assert len({class_of(r.address) for r in state.view.named("address")}) == 1
     assert len(state.view.at("10.0.0.200")[0]) == 2  # the subject and the peer
     state.view.check_classes()
+
+
+def test_a_namespace_that_comes_back_brings_no_selector_that_went_meanwhile() -> None:
+    state = with_node(a_pod("a", app="a"))
+    policy = {"metadata": {"namespace": "ns", "name": "n"}, "spec": {"podSelector": {}}}
+    state.set("NetworkPolicy", key("ns", "n"), policy)
+    state.flush()
+    state.set("Namespace", key("", "ns"), None)
+    state.set("NetworkPolicy", key("ns", "n"), None)
+    state.set("Namespace", key("", "ns"), {"metadata": {"name": "ns"}})
+    state.flush()
+    (pod,) = state.view.named("pod")
+    assert state.view.content(class_of(pod.pod)) == (frozenset(), {})
+    state.view.check_classes()
