@@ -20,7 +20,7 @@ from pathlib import Path
 
 from support.namespaces import NetNs
 from support.service_oracle import Backend, Case, Client, Kind
-from support.service_world import POD_TARGET, ServiceWorld, node_address, service_world
+from support.service_world import POD_TARGET, ServiceWorld, Ways, node_address, service_world
 
 from bench import load, result
 from bench.errors import BenchError
@@ -159,7 +159,7 @@ def figures(world: ServiceWorld) -> Iterator[result.Result]:
 def run() -> list[result.Result]:
     with (
         tempfile.TemporaryDirectory(prefix="weir-bench-") as folder,
-        service_world(Path(folder), "vxlan") as world,
+        service_world(Path(folder), Ways("vxlan")) as world,
         load.server([OUTSIDE_PORT], [world.nodes[1].outside.path]),
         statistics(),
     ):

@@ -24,7 +24,7 @@ from support.service_oracle import (
     Kind,
     expect,
 )
-from support.service_world import SERVERS, ServiceWorld, service_world
+from support.service_world import SERVERS, ServiceWorld, Ways, service_world
 from support.timing import SCALE
 
 ANSWER_SECONDS = 8.0 * SCALE
@@ -32,7 +32,17 @@ SILENCE_SECONDS = 1.0 * SCALE
 POD_BACKENDS = (Backend.SELF, Backend.NEAR, Backend.FAR)
 
 
-@pytest.fixture(scope="module", params=["vxlan", "native"])
+WAYS = {
+    "vxlan": Ways("vxlan"),
+    "native": Ways("native"),
+    "vxlan-dsr": Ways("vxlan", dsr=True),
+    "native-dsr": Ways("native", dsr=True),
+    "native-xdp": Ways("native", xdp=True),
+    "native-xdp-dsr": Ways("native", dsr=True, xdp=True),
+}
+
+
+@pytest.fixture(scope="module", params=list(WAYS.values()), ids=list(WAYS))
 def world(
     request: pytest.FixtureRequest, private_mounts: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServiceWorld]:
@@ -62,7 +72,7 @@ def wrong(world: ServiceWorld, case: Case, expected: Expected, outcome: Outcome)
 
 def failures(world: ServiceWorld, client: Client, wanted: list[Case]) -> list[tuple[str, str]]:
     """(what is wrong, in which family and protocol) of each case that is."""
-    expected = [expect(case) for case in wanted]
+    expected = [expect(case, world.ways.dsr) for case in wanted]
     probes = [
         Probe(
             case.protocol,

@@ -5,8 +5,9 @@ Sources: "Virtual IPs and Service Proxies" and "Using Source IP" of the Kubernet
 the specs of upstream's suite on traffic policies say what a node does with other nodes' clients:
 they are external to it, as only what starts on the node itself, or in its pods, is not.
 
-One thing kube-proxy leaves open and this does not: with policy Cluster it masquerades what comes
-to external addresses always, here only where the answer could not come back otherwise.
+Two things kube-proxy leaves open and this does not: with policy Cluster it masquerades what comes
+to external addresses always, here only where the answer could not come back otherwise; and with
+direct server return it could: a pod elsewhere sees the client outside, whom its node answers.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Backend(StrEnum):
 FRONT = 1
 """The node whose addresses NodePorts are asked at, and through which the outside gets at VIPs."""
 
+EXTERNAL = frozenset({Kind.NODE_PORT, Kind.LOAD_BALANCER, Kind.EXTERNAL_IP})
 HOSTS = frozenset({Client.HOST, Client.OTHER_NODE, Client.BACKEND_NODE})
 NODE_OF_CLIENT = {
     Client.POD: FRONT,
@@ -102,7 +104,8 @@ def serving_node(case: Case) -> int:
     return FRONT if case.kind is Kind.NODE_PORT or home == 0 else home
 
 
-def expect(case: Case) -> Expected:
+def expect(case: Case, dsr: bool) -> Expected:
+    """dsr: backends on other nodes answer clients outside themselves."""
     if case.kind is Kind.LOOPBACK and case.client not in HOSTS:
         return Expected(REFUSED)  # its own loopback, where nobody listens
     if case.backend is Backend.NONE:
@@ -114,12 +117,18 @@ def expect(case: Case) -> Expected:
     here = NODE_OF_BACKEND[case.backend] == at
     if bound and not here and case.kind is not Kind.HOST_PORT:
         return Expected(DROPPED)
-    return Expected(REACHED, source(case, inside, here))
+    return Expected(REACHED, source(case, inside, here or (dsr and answers_itself(case))))
 
 
-def source(case: Case, inside: bool, here: bool) -> str:
+def answers_itself(case: Case) -> bool:
+    """A node's own sockets cannot: they know nothing of what the client asked for."""
+    return case.kind in EXTERNAL and case.client is Client.OUTSIDE and case.backend is Backend.FAR
+
+
+def source(case: Case, inside: bool, kept: bool) -> str:
+    """kept: nothing between client and backend must be on the way back."""
     if case.kind is Kind.LOOPBACK:
         return ANY  # the host's choice
     if case.client is Client.POD_PACKETS and case.backend is Backend.SELF:
         return ANY  # not its own: its stack would take that for a forgery
-    return "client" if inside or here else "front"
+    return "client" if inside or kept else "front"

@@ -7,10 +7,15 @@ pods self, near        pod far              pod other
       └──────────────── br0 ───────────────────┘
                          │
          outside 192.0.2.254, VIPs routed via node1
+
+With XDP, the bridge's ports fill in the checksums, which XDP takes for whole, and have XDP
+programs of their own: without one, a veth takes nothing that its other end's XDP sends.
 """
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +29,10 @@ from support.places import Place
 from support.service_oracle import FRONT, Backend, Case, Client, Kind, serving_node
 from weir.api.address import is_ipv4, parse
 from weir.api.v1 import weir_pb2 as pb
+from weir.datapath import libbpf
+from weir.datapath.datapath import Datapath
+from weir.datapath.libbpf import AttachType, XdpMode
+from weir.datapath.settings import Settings
 
 NODES = (1, 2, 3)
 PODS = {"self": 1, "near": 1, "far": 2, "other": 3}
@@ -58,10 +67,28 @@ def service_number(backend: Backend, local: bool) -> int:
     return 10 + list(Backend).index(backend) * 2 + local
 
 
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """How packets go: the agents' settings."""
+
+    routing: str
+    dsr: bool = False
+    xdp: bool = False
+
+    @property
+    def config(self) -> dict[str, object]:
+        return {
+            "routing": self.routing,
+            "loadBalancer": {"mode": "dsr" if self.dsr else "snat"},
+            "xdp": {"mode": "native" if self.xdp else "off"},
+        }
+
+
 @dataclass
 class ServiceWorld:
     """`places` are processes by the name of who they are; POD_PACKETS is in no cgroup."""
 
+    ways: Ways
     nodes: dict[int, AgentNode] = field(default_factory=dict)
     operators: dict[int, ScriptedOperator] = field(default_factory=dict)
     pods: dict[str, NetNs] = field(default_factory=dict)
@@ -167,13 +194,16 @@ def slice_resources(world: ServiceWorld, backend: Backend, local: bool) -> list[
 
 
 @contextmanager
-def service_world(folder: Path, routing: str) -> Iterator[ServiceWorld]:
+def service_world(folder: Path, ways: Ways) -> Iterator[ServiceWorld]:
     with ExitStack() as stack:
-        world = ServiceWorld()
-        cgroups = {n: _start_node(stack, world, folder, n, routing) for n in NODES}
+        world = ServiceWorld(ways)
+        cgroups = {n: _start_node(stack, world, folder, n) for n in NODES}
+        outside = world.nodes[FRONT].outside
+        if ways.xdp:
+            _prepare_far_ends(stack, outside)
         for node in world.nodes.values():
             node.wait_ready(START_SECONDS)
-        outside = world.nodes[FRONT].outside
+            assert node.ask("status")["xdp"] == {"eth0": "native" if ways.xdp else "off"}
         for prefix in VIP_ROUTES:
             via = node_address(FRONT, 6 if ":" in prefix else 4)
             outside.run("ip", "route", "add", prefix, "via", via)
@@ -204,9 +234,22 @@ def service_world(folder: Path, routing: str) -> Iterator[ServiceWorld]:
         yield world
 
 
-def _start_node(
-    stack: ExitStack, world: ServiceWorld, folder: Path, number: int, routing: str
-) -> Path:
+def _prepare_far_ends(stack: ExitStack, outside: NetNs) -> None:
+    root, cgroup = stack.enter_context(place())
+    with outside.entered():
+        passing = Datapath.open(root, cgroup, Settings())
+        stack.callback(Datapath.remove, root)
+        stack.callback(passing.close)
+        program = passing.programs["xdp_uplink"]
+        for number in NODES:
+            port = f"node{number}"
+            outside.run("ethtool", "-K", port, "tx", "off")
+            index = socket.if_nametoindex(port)
+            link = libbpf.create_link(program, index, AttachType.XDP, port, XdpMode.NATIVE)
+            stack.callback(os.close, link)
+
+
+def _start_node(stack: ExitStack, world: ServiceWorld, folder: Path, number: int) -> Path:
     """Starts the agent, without waiting. Returns the node's cgroup."""
     pins, cgroup = stack.enter_context(place())
     operator = ScriptedOperator()
@@ -224,7 +267,8 @@ def _start_node(
     )
     mine = folder / f"node{number}"
     mine.mkdir()
-    node = AgentNode(mine, pins, cgroup, operator, number, world.nodes.get(FRONT), routing=routing)
+    front = world.nodes.get(FRONT)
+    node = AgentNode(mine, pins, cgroup, operator, number, front, **world.ways.config)
     stack.callback(node.close)
     node.node.run("ip", "-6", "route", "add", "default", "via", node_address(OUTSIDE, 6))
     operator._where = node.node.entered()
