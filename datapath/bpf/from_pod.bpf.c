@@ -2,30 +2,14 @@
 /* tc ingress of the host end of a pod's veth: all that the pod sends. */
 #include "lib/deliver.h"
 #include "lib/fragment.h"
+#include "lib/refuse.h"
 #include "lib/service_tc.h"
 #include "lib/snat.h"
 
-/* Tells the pod why its packet goes no further, where the protocols have a word for it. */
-static __always_inline int refuse(struct __sk_buff *ctx, struct packet *packet,
-				  const struct endpoint *source, int reason)
+static __always_inline int refuse_pod(struct __sk_buff *ctx, struct packet *packet,
+				      const struct endpoint *source, int reason)
 {
-	int error;
-
-	switch (-reason) {
-	case DROP_NO_BACKEND:
-		error = reply_refused(ctx, packet);
-		break;
-	case DROP_TOO_BIG:
-		error = reply_too_big(ctx, packet, packet->mtu);
-		break;
-	case DROP_TTL_EXCEEDED:
-		error = reply_time_exceeded(ctx, packet);
-		break;
-	default:
-		return drop(ctx, packet, reason);
-	}
-	drop(ctx, packet, reason);
-	return error ? TC_ACT_SHOT : deliver_to_pod(ctx, source);
+	return refuse(ctx, packet, reason) ? deliver_to_pod(ctx, source) : TC_ACT_SHOT;
 }
 
 SEC("tc")
@@ -59,7 +43,7 @@ int from_pod(struct __sk_buff *ctx)
 
 	verdict = service_to_backend(ctx, packet, entry);
 	if (verdict < 0)
-		return refuse(ctx, packet, source, verdict);
+		return refuse_pod(ctx, packet, source, verdict);
 	entry = service_flow(packet, entry);
 	verdict = ct_admit(ctx, packet, entry, false);
 	if (verdict < 0)
@@ -74,7 +58,7 @@ int from_pod(struct __sk_buff *ctx)
 	verdict = destination ? deliver_to_pod(ctx, destination) : deliver_away(ctx, packet);
 	if (verdict < 0) {
 		rewrite_as_sent(ctx, packet);
-		return refuse(ctx, packet, source, verdict);
+		return refuse_pod(ctx, packet, source, verdict);
 	}
 	count(ctx, DROP_NONE, DIR_EGRESS);
 	return verdict;

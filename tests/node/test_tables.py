@@ -126,7 +126,7 @@ def test_runtime_values_do_not_disturb_each_other(installation: Installation) ->
     datapath.set_event_mask(6)
     assert datapath.bump() == 2
     assert datapath.tables.runtime.get(0) == Runtime(2, 6)
-    datapath.set_generation(0xFFFF_FFFF)
+    datapath.tables.runtime.update({0: Runtime(0xFFFF_FFFF, 6)})
     assert datapath.bump() == 0
     assert datapath.runtime() == Runtime(0, 6)
 

@@ -6,14 +6,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import os
 import signal
 import sys
 from pathlib import Path
 
-from weir.agent import app, logs, memory, uninstall
-from weir.agent.config import Config, load
-from weir.agent.errors import ConfigError
+from weir.agent import app, memory, start, uninstall
+from weir.agent.config import Config
 from weir.cni.errors import CniError
 from weir.datapath.errors import DatapathError
 
@@ -37,12 +35,9 @@ def main() -> int:
         help="cleanup removes every trace of Weir from the node",
     )
     arguments = parser.parse_args()
-    try:
-        config = load(arguments.config, os.environ)
-    except ConfigError as error:
-        sys.stderr.write(f"weir-agent: {error}\n")
-        return 2
-    logs.set_up(config.log_level)
+    config = start.configured(arguments.config)
+    if config is None:
+        return start.BAD_CONFIG
     if arguments.action == "cleanup":
         return uninstall.clean(config)
     memory.prepare()

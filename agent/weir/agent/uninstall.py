@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import shutil
 import signal
 import sys
@@ -19,9 +18,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from weir.agent import logs, node
-from weir.agent.config import Config, load
-from weir.agent.errors import ConfigError
+from weir.agent import node, start
+from weir.agent.config import Config
 from weir.cni import install
 from weir.cni.errors import CniError
 from weir.datapath.datapath import Datapath
@@ -70,12 +68,9 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--done", type=Path, default=DONE, help="the file that says it is done")
     arguments = parser.parse_args()
-    try:
-        config = load(arguments.config, os.environ)
-    except ConfigError as error:
-        sys.stderr.write(f"weir-agent: {error}\n")
-        return 2
-    logs.set_up(config.log_level)
+    config = start.configured(arguments.config)
+    if config is None:
+        return start.BAD_CONFIG
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     if clean(config):

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "lib/arrive.h"
+#include "lib/refuse.h"
 #include "lib/snat.h"
 
 /* On packets that the host's stack cuts up before they get the node's address as their source:
@@ -156,29 +157,10 @@ static __always_inline int frontend_answer(struct __sk_buff *ctx, __u64 redirect
 	return bpf_redirect(ctx->ifindex, redirect_flags);
 }
 
-/* Tells the sender why its packet goes no further, where the protocols have a word for it. */
 static __always_inline int frontend_refuse(struct __sk_buff *ctx, struct packet *packet,
 					   int reason)
 {
-	int error;
-
-	switch (-reason) {
-	case DROP_NO_BACKEND:
-		error = reply_refused(ctx, packet);
-		break;
-	case DROP_TOO_BIG:
-		rewrite_as_sent(ctx, packet);
-		error = reply_too_big(ctx, packet, packet->mtu);
-		break;
-	case DROP_TTL_EXCEEDED:
-		rewrite_as_sent(ctx, packet);
-		error = reply_time_exceeded(ctx, packet);
-		break;
-	default:
-		return drop(ctx, packet, reason);
-	}
-	drop(ctx, packet, reason);
-	return error ? TC_ACT_SHOT : frontend_answer(ctx, 0);
+	return refuse(ctx, packet, reason) ? frontend_answer(ctx, 0) : TC_ACT_SHOT;
 }
 
 /* With an overlay, pods of other nodes come through it alone. */

@@ -56,16 +56,7 @@ static __always_inline int host_to_backend(struct __sk_buff *ctx, struct packet 
 /* Tells the host's own process. */
 static __always_inline int host_refuse(struct __sk_buff *ctx, struct packet *packet, int reason)
 {
-	int error = reason;
-
-	if (reason == -DROP_NO_BACKEND) {
-		error = reply_refused(ctx, packet);
-	} else if (reason == -DROP_TOO_BIG) {
-		rewrite_as_sent(ctx, packet);
-		error = reply_too_big(ctx, packet, packet->mtu);
-	}
-	drop(ctx, packet, reason);
-	return error ? TC_ACT_SHOT : frontend_answer(ctx, BPF_F_INGRESS);
+	return refuse(ctx, packet, reason) ? frontend_answer(ctx, BPF_F_INGRESS) : TC_ACT_SHOT;
 }
 
 static __always_inline int host_asks(struct __sk_buff *ctx, struct packet *packet)

@@ -17,15 +17,13 @@
 static __always_inline bool overlay_is_outer(const struct packet *packet)
 {
 	const struct tuple *flow = &packet->flow;
+	struct ip_addr node;
 
 	if (!overlay_port || flow->l4_proto != IPPROTO_UDP ||
 	    flow->destination_port != bpf_htons(overlay_port) || packet->fragment != FRAGMENT_NONE)
 		return false;
-	for (int i = 0; i < 4; i++)
-		if (flow->destination.word[i] !=
-		    (packet->ipv6 ? node_ipv6.word[i] : node_ipv4.word[i]))
-			return false;
-	return true;
+	node_address(packet->ipv6, &node);
+	return address_equal(&flow->destination, &node);
 }
 
 /* The node that encapsulated the packet. 0 or a drop reason. */

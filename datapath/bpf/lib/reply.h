@@ -157,8 +157,7 @@ static __always_inline int reply_port_unreachable(struct __sk_buff *ctx,
  * no host takes its own address from a device. */
 static __always_inline void router_address(const struct packet *packet, struct ip_addr *address)
 {
-	for (int i = 0; i < 4; i++)
-		address->word[i] = packet->ipv6 ? node_ipv6.word[i] : node_ipv4.word[i];
+	node_address(packet->ipv6, address);
 	if (packet->place == PLACE_HOST || address_is_unset(address))
 		*address = packet->flow.destination;
 }

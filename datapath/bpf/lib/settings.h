@@ -3,12 +3,21 @@
  * verifier runs, so that one object serves every node and branches not taken are pruned. */
 #pragma once
 
+#include <stdbool.h>
+#include <bpf/bpf_helpers.h>
+
 #include "weir/abi.h"
 
 /* This node's address on the wire for each family: masqueraded packets and ICMP errors get
  * it as their source. All zero: the node does not have the family. */
 const volatile struct ip_addr node_ipv4 = {};
 const volatile struct ip_addr node_ipv6 = {};
+
+static __always_inline void node_address(bool ipv6, struct ip_addr *address)
+{
+	for (int i = 0; i < 4; i++)
+		address->word[i] = ipv6 ? node_ipv6.word[i] : node_ipv4.word[i];
+}
 
 /* Interface index of the overlay device, and the largest IP packet it carries in bytes. */
 const volatile __u32 overlay_ifindex = 0;

@@ -26,17 +26,11 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } snat SEC(".maps");
 
-static __always_inline void snat_node_address(const struct packet *packet, struct ip_addr *node)
-{
-	for (int i = 0; i < 4; i++)
-		node->word[i] = packet->ipv6 ? node_ipv6.word[i] : node_ipv4.word[i];
-}
-
 static __always_inline bool snat_has_address(const struct packet *packet)
 {
 	struct ip_addr node;
 
-	snat_node_address(packet, &node);
+	node_address(packet->ipv6, &node);
 	return !address_is_unset(&node);
 }
 
@@ -194,7 +188,7 @@ static __always_inline int snat_take(const struct packet *packet, bool closing,
 	__u32 now = seconds_now();
 
 	fresh->expires = now + snat_lifetime(packet, 0);
-	snat_node_address(packet, &fresh->address);
+	node_address(packet->ipv6, &fresh->address);
 	if (address_is_unset(&fresh->address) || !snat_has_ports(packet))
 		return -DROP_SNAT_NO_PORT;
 	snat_forward_key(&packet->flow, &key);
@@ -279,7 +273,7 @@ static __always_inline const struct snat_entry *snat_receiver(const struct packe
 
 	if (port < snat_port_first || port > snat_port_last)
 		return NULL;
-	snat_node_address(packet, &node);
+	node_address(packet->ipv6, &node);
 	if (!address_equal(&packet->flow.destination, &node))
 		return NULL;
 	snat_reverse_key(&packet->flow, &key);

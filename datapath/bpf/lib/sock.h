@@ -76,12 +76,6 @@ static __always_inline int sock_refuse(void)
 	return SOCK_DENY;
 }
 
-static __always_inline void sock_node_address(bool ipv4, struct ip_addr *node)
-{
-	for (int i = 0; i < 4; i++)
-		node->word[i] = ipv4 ? node_ipv4.word[i] : node_ipv6.word[i];
-}
-
 static __always_inline bool sock_is_hosts(struct bpf_sock_addr *ctx)
 {
 	__u64 host = host_netns_cookie ? host_netns_cookie : bpf_get_netns_cookie(NULL);
@@ -97,7 +91,7 @@ static __always_inline bool sock_client(struct bpf_sock_addr *ctx, bool ipv4,
 	const struct netns_addresses *known;
 
 	if (sock_is_hosts(ctx)) {
-		sock_node_address(ipv4, client);
+		node_address(!ipv4, client);
 		return true;
 	}
 	known = bpf_map_lookup_elem(&netns_addresses, &cookie);
@@ -122,7 +116,7 @@ static __always_inline const struct service *sock_service(struct bpf_sock_addr *
 
 		if (own)
 			return own;
-		sock_node_address(address_is_ipv4(&address), &address);
+		node_address(!address_is_ipv4(&address), &address);
 	}
 	return service_find(&address, peer->port, peer->protocol, SCOPE_INTERNAL);
 }

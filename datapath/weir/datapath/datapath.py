@@ -229,9 +229,6 @@ class Datapath:
     def attach_overlay(self, ifname: str) -> None:
         self._links.attach(ifname, OVERLAY)
 
-    def detach_overlay(self, ifname: str) -> None:
-        self._links.detach(ifname, OVERLAY)
-
     def attached(self) -> set[str]:
         """Names of the existing interfaces that have all programs of their role: one that a
         stopped attach left with half of them is not among them."""
@@ -242,12 +239,9 @@ class Datapath:
     def runtime(self) -> records.Runtime:
         return self.tables.runtime.get(0) or records.Runtime(0, 0)
 
-    def set_generation(self, generation: int) -> None:
-        """Established flows of other generations are judged anew at their next packet."""
-        self._change_runtime(lambda row: replace(row, policy_generation=generation & 0xFFFF_FFFF))
-
     def bump(self) -> int:
-        """Raises the policy generation; returns the new one."""
+        """Raises the policy generation, so that established flows are judged anew at their next
+        packet; returns the new one."""
         row = self._change_runtime(
             lambda row: replace(row, policy_generation=(row.policy_generation + 1) & 0xFFFF_FFFF)
         )

@@ -528,20 +528,11 @@ def run_xdp(program: int, packet: bytes, *, ifindex: int = 0, repeat: int = 1) -
     context = ffi.new("struct xdp_md *")
     context.data_end = len(packet)
     context.ingress_ifindex = ifindex
-    data = ffi.from_buffer(packet)
-    room = ffi.new("unsigned char[]", TEST_RUN_ROOM)
     options = ffi.new("struct bpf_test_run_opts *")
-    options.sz = ffi.sizeof("struct bpf_test_run_opts")
-    options.data_in = data
-    options.data_size_in = len(packet)
-    options.data_out = room
-    options.data_size_out = TEST_RUN_ROOM
     if ifindex:
         options.ctx_in = context
         options.ctx_size_in = ffi.sizeof("struct xdp_md")
-    options.repeat = repeat
-    check(lib.bpf_prog_test_run_opts(program, options), "test run", "XDP program")
-    packet_out = bytes(ffi.buffer(room, options.data_size_out))
+    packet_out = _test_run(program, packet, options, repeat)
     return RunResult(options.retval, packet_out, options.duration, 0, ())
 
 
@@ -560,19 +551,24 @@ def run_program(
     context.ingress_ifindex = ingress_ifindex
     context.mark = mark
     after = ffi.new("struct __sk_buff *")
+    options = ffi.new("struct bpf_test_run_opts *")
+    options.ctx_in = context
+    options.ctx_size_in = ffi.sizeof("struct __sk_buff")
+    options.ctx_out = after
+    options.ctx_size_out = ffi.sizeof("struct __sk_buff")
+    packet_out = _test_run(program, packet, options, repeat)
+    return RunResult(options.retval, packet_out, options.duration, after.mark, tuple(after.cb))
+
+
+def _test_run(program: int, packet: bytes, options: Any, repeat: int) -> bytes:
+    """The packet afterwards. options: a struct bpf_test_run_opts with its contexts."""
     data = ffi.from_buffer(packet)
     room = ffi.new("unsigned char[]", TEST_RUN_ROOM)
-    options = ffi.new("struct bpf_test_run_opts *")
     options.sz = ffi.sizeof("struct bpf_test_run_opts")
     options.data_in = data
     options.data_size_in = len(packet)
     options.data_out = room
     options.data_size_out = TEST_RUN_ROOM
-    options.ctx_in = context
-    options.ctx_size_in = ffi.sizeof("struct __sk_buff")
-    options.ctx_out = after
-    options.ctx_size_out = ffi.sizeof("struct __sk_buff")
     options.repeat = repeat
     check(lib.bpf_prog_test_run_opts(program, options), "test run", "program")
-    packet_out = bytes(ffi.buffer(room, options.data_size_out))
-    return RunResult(options.retval, packet_out, options.duration, after.mark, tuple(after.cb))
+    return bytes(ffi.buffer(room, options.data_size_out))
