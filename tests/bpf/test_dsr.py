@@ -23,7 +23,7 @@ from support.packet_node import (
     Outcome,
     World,
 )
-from support.packets import TC_ACT_REDIRECT, assert_packet
+from support.packets import TC_ACT_OK, TC_ACT_REDIRECT, assert_packet
 
 from weir.datapath.records import CtFlag, DropReason, Isolation, ServiceFlag
 from weir.datapath.settings import Settings
@@ -41,6 +41,14 @@ def either(
 ) -> Iterator[Node]:
     chosen = dataclasses.replace(settings, tunnel=request.param == "vxlan")
     made = Node(datapaths.get(chosen), world, net)
+    yield made
+    made.reader.close()
+
+
+@pytest.fixture
+def native(datapaths: Datapaths, settings: Settings, world: World, net: Book) -> Iterator[Node]:
+    """Where an uplink's packet may have it: from the overlay's test runs bring no tunnel key."""
+    made = Node(datapaths.get(dataclasses.replace(settings, tunnel=False)), world, net)
     yield made
     made.reader.close()
 
@@ -114,8 +122,9 @@ def test_options_of_the_clients_own(either: Node) -> None:
 
 
 @pytest.mark.parametrize("proto", ["tcp", "udp"])
-def test_the_backends_node(node: Node, net: Book, proto: str) -> None:
+def test_the_backends_node(native: Node, net: Book, proto: str) -> None:
     """Takes it out before the pod sees it; the pod's answers come from the frontend."""
+    node = native
     number, layer = (6, TCP) if proto == "tcp" else (17, UDP)
     node.service(number, 80, (net.r, 8080))
     node.isolate(b_egress=Isolation(9, 0))
@@ -128,7 +137,8 @@ def test_the_backends_node(node: Node, net: Book, proto: str) -> None:
     assert (answer.code, answer.packet[14:]) == (TC_ACT_REDIRECT, bytes(expected))
 
 
-def test_another_nodes_port(node: Node, net: Book) -> None:
+def test_another_nodes_port(native: Node, net: Book) -> None:
+    node = native
     out = node.arrives(
         carrying(net, net.world, net.b, net.node2, 30080) / TCP(sport=4000, dport=8080)
     )
@@ -137,7 +147,8 @@ def test_another_nodes_port(node: Node, net: Book) -> None:
     assert (answer.frame[1].src, answer.frame.sport) == (net.node2, 30080)
 
 
-def test_nobody_answers_as_what_is_no_frontend(node: Node, net: Book) -> None:
+def test_nobody_answers_as_what_is_no_frontend(native: Node, net: Book) -> None:
+    node = native
     lie = carrying(net, net.world, net.b, net.world2, 80) / TCP(sport=4000, dport=8080)
     out = node.arrives(lie)
     assert_packet(out.packet, to_pod("b", lie))
@@ -145,7 +156,81 @@ def test_nobody_answers_as_what_is_no_frontend(node: Node, net: Book) -> None:
     assert (answer.frame[1].src, answer.frame.sport) == (net.b, 8080)
 
 
-def test_policy_is_about_the_client(node: Node, net: Book) -> None:
+def believed(node: Node, layers: Packet) -> bool:
+    """Whether an answer of pod b to the packet is the frontend's."""
+    out = node.arrives(layers)
+    assert (out.code, out.drops) == (TC_ACT_REDIRECT, {})
+    asked = layers.lastlayer()
+    while not hasattr(asked, "dport"):
+        asked = asked.underlayer
+    net, segment = node.book, type(asked)(sport=asked.dport, dport=asked.sport)
+    return bool(node.from_pod("b", net.ip(net.b, layers.src) / segment).frame[1].src != net.b)
+
+
+@pytest.mark.parametrize("proto", ["tcp", "udp"])
+def test_from_outside_it_is_not_believed_with_an_overlay(node: Node, net: Book, proto: str) -> None:
+    """Nodes send to pods through that alone. The packet is like any other for the pod."""
+    node.service(6 if proto == "tcp" else 17, 80, (net.r, 8080))
+    asks = (TCP if proto == "tcp" else UDP)(sport=4000, dport=8080)
+    assert not believed(node, carrying(net, net.world, net.b, net.vip, 80) / asks)
+
+
+@pytest.mark.parametrize("who", ["node", "pod"])
+def test_from_inside_it_is_not_believed(native: Node, net: Book, who: str) -> None:
+    """No node writes it for these, but a pod can."""
+    native.service(17, 80, (net.r, 8080))
+    source = net.node2 if who == "node" else net.r
+    asks = UDP(sport=4000, dport=8080)
+    assert not believed(native, carrying(net, source, net.b, net.vip, 80) / asks)
+
+
+def test_of_a_connection_only_the_first_packet_is_believed(native: Node, net: Book) -> None:
+    native.service(6, 80, (net.r, 8080))
+    data = TCP(sport=4000, dport=8080, flags="A")
+    assert not believed(native, carrying(net, net.world, net.b, net.vip, 80) / data)
+    opens = TCP(sport=4001, dport=8080, flags="S")
+    assert believed(native, carrying(net, net.world, net.b, net.vip, 80) / opens)
+
+
+@pytest.mark.parametrize("proto", ["tcp", "udp"])
+def test_a_denied_flow_is_not_turned_round(native: Node, net: Book, proto: str) -> None:
+    """Else what the pod must not send any more would go on as answers."""
+    node = native
+    number, layer = (6, TCP) if proto == "tcp" else (17, UDP)
+    node.service(number, 80, (net.r, 8080))
+    node.isolate(b_egress=node.allow(9, 0))
+    opened = net.ip(net.b, net.world) / layer(sport=8080, dport=4000)
+    assert node.from_pod("b", opened).drops == {}
+    node.forbid()
+    turns = carrying(net, net.world, net.b, net.vip, 80) / layer(sport=4000, dport=8080)
+    assert node.arrives(turns).drops == {DropReason.POLICY_EGRESS: 1}
+    goes_on = net.ip(net.b, net.world) / layer(sport=8080, dport=4000)
+    if proto == "tcp":
+        goes_on[TCP].flags = "A"
+    assert node.from_pod("b", goes_on).drops == {DropReason.POLICY_EGRESS: 1}
+
+
+def test_an_allowed_flow_may_be_turned_round(native: Node, net: Book) -> None:
+    """A late answer of the pod must not keep its client from the frontend."""
+    native.service(17, 80, (net.r, 8080))
+    opened = net.ip(net.b, net.world) / UDP(sport=8080, dport=4000)
+    assert native.from_pod("b", opened).drops == {}
+    native.datapath.bump()
+    asks = UDP(sport=4000, dport=8080)
+    assert believed(native, carrying(net, net.world, net.b, net.vip, 80) / asks)
+
+
+def test_nobody_has_it_passed_on(either: Node, net: Book) -> None:
+    """By way of another node's stack it would come to the pod's node as that node's word."""
+    lie = carrying(net, net.world, net.r, net.vip, 80) / UDP(sport=4000, dport=8080)
+    assert either.arrives(lie).drops == {DropReason.SPOOFED_SOURCE: 1}
+    for target in (net.node, net.world2):
+        other = carrying(net, net.world, target, net.vip, 80) / UDP(sport=4000, dport=8080)
+        assert (either.arrives(other).code, either.arrives(other).drops) == (TC_ACT_OK, {})
+
+
+def test_policy_is_about_the_client(native: Node, net: Book) -> None:
+    node = native
     node.service(6, 80, (net.r, 8080))
     node.isolate(b_ingress=Isolation(9, 0))
     out = node.arrives(carrying(net, net.world, net.b, net.vip, 80) / TCP(sport=1, dport=8080))

@@ -7,8 +7,10 @@ import dataclasses
 from collections.abc import Iterator
 
 import pytest
-from scapy.layers.inet import TCP, UDP
+from scapy.layers.inet import ICMP, TCP, UDP
+from scapy.layers.inet6 import ICMPv6PacketTooBig
 from scapy.layers.l2 import Ether
+from scapy.packet import Raw
 from support.datapaths import Datapaths
 from support.packet_node import GATEWAY_MAC, PEER_MAC, Book, Node, World
 from support.packets import TC_ACT_OK, TC_ACT_REDIRECT, XDP_PASS
@@ -49,6 +51,48 @@ def test_a_loopback_frontend_is_for_sockets_alone(either: Node, net: Book, backe
     out = either.from_pod("a", net.ip(net.a, loopback) / segment)
     assert out.drops == {DropReason.NOT_UNICAST: 1}
     assert either.flows() == {}
+
+
+UNROUTED = {
+    4: ["127.0.0.1", "0.0.0.0", "224.0.0.1", "255.255.255.255", "169.254.7.7"],
+    6: ["::1", "::", "ff02::1", "ff0e::1", "fe80::7"],
+}
+
+
+@pytest.mark.parametrize("target", ["pod", "backend here", "backend elsewhere", "no backend"])
+def test_sources_that_are_never_routed_reach_no_backend(
+    either: Node, net: Book, target: str
+) -> None:
+    """Answers could go nowhere, or to the wrong one: to loopback, that is the backend itself."""
+    if target != "pod":
+        backends = {"backend here": [(net.b, 8080)], "backend elsewhere": [(net.r, 8080)]}
+        either.service(17, 80, *backends.get(target, []), at=net.node)
+    to, port = (net.b, 8080) if target == "pod" else (net.node, 80)
+    for source in UNROUTED[net.family]:
+        asks = net.ip(source, to) / UDP(sport=4000, dport=port)
+        assert either.arrives(asks).drops == {DropReason.SPOOFED_SOURCE: 1}, source
+        either.datapath.set_event_mask(0)
+        frame = Ether(src=PEER_MAC, dst=GATEWAY_MAC) / asks
+        out = either.run_xdp("ul", frame)
+        assert (out.code, out.packet) == (XDP_PASS, bytes(frame)), source
+    assert either.flows() == {}
+
+
+def test_sources_that_are_never_routed_reach_the_host(either: Node, net: Book) -> None:
+    """Neighbour discovery and DHCP, for two, come from such."""
+    for source in UNROUTED[net.family]:
+        out = either.arrives(net.ip(source, net.node) / UDP(sport=4000, dport=68))
+        assert (out.code, out.drops) == (TC_ACT_OK, {}), source
+
+
+def test_routers_may_have_such_addresses(node: Node, net: Book) -> None:
+    """Those of a VPN's tunnel often do, and tell what fits into it."""
+    node.from_pod("b", net.ip(net.b, net.world) / UDP(sport=4000, dport=53, chksum=1))
+    quoted = net.ip(net.b, net.world) / UDP(sport=4000, dport=53, chksum=1)
+    error = ICMP(type=3, code=4, nexthopmtu=1300) if net.family == 4 else ICMPv6PacketTooBig()
+    router = UNROUTED[net.family][-1]
+    out = node.arrives(net.ip(router, net.b) / error / Raw(bytes(quoted)))
+    assert (out.code, out.drops, out.frame[1].src) == (TC_ACT_REDIRECT, {}, router)
 
 
 @pytest.mark.parametrize("who", ["node", "pod", "new pod"])

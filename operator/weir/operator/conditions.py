@@ -78,6 +78,7 @@ class Conditions:
             self._news.clear()
             failed = False
             for path in list(self._wanted):
+                await self.leading.wait()  # it may be lost between two
                 failed |= not await self._try(api, path)
             if failed:
                 await asyncio.sleep(delay)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -207,6 +207,30 @@ async def test_the_leader_writes_conditions_until_it_is_done() -> None:
         await until(lambda: conditions.waiting == 0)
         [said] = api.stored[f"{PATH}/a"]["status"]["conditions"]
         assert (said["lastTransitionTime"], said["observedGeneration"]) == ("2030-01-01", 4)
+
+
+async def test_who_leads_no_more_writes_no_more() -> None:
+    """Not the rest of what was to be written either: another one leads by now."""
+    leading = asyncio.Event()
+    conditions = Conditions(leading, retry_seconds=0.01)
+    for name in "abc":
+        conditions.want(f"{PATH}/{name}/status", Condition("Accepted", "True"), None)
+
+    class LosesTheLease:
+        async def patch(self, path: str, body: object, content_type: str) -> bytes:
+            leading.clear()
+            return b""
+
+    task = asyncio.create_task(conditions.run(cast("Api", LosesTheLease())))
+    try:
+        for left in (2, 1, 0):
+            leading.set()
+            await until(lambda left=left: conditions.waiting <= left)
+            await asyncio.sleep(0.02)
+            assert conditions.waiting == left
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_many_prefixes_are_read_quickly() -> None:
