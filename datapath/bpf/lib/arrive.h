@@ -21,6 +21,27 @@ static __always_inline bool arrive_is_stray(const struct packet *packet)
 	return route && (route->flags & ROUTE_LOCAL) && !is_local_host(&packet->flow.destination);
 }
 
+/* From an address that is never routed, so nobody's that a backend could answer. The host's
+ * neighbours may have one, and routers that report errors. */
+static __always_inline bool arrive_is_unrouted(const struct packet *packet)
+{
+	return !packet->quoted_l3_offset && address_is_link_scope(&packet->sender);
+}
+
+/* What asks for a service may take over the flow that the pod itself opened between the same ports
+ * (ct_own()), but not one that policy denies by now. 0 or a drop reason. */
+static __always_inline int arrive_takes_over(const struct packet *packet,
+					     const struct ct_entry *entry)
+{
+	if (!packet->service || packet->quoted_l3_offset || !entry ||
+	    ct_from_origin(packet, entry->flags) || (entry->flags & CT_UNJUDGED) ||
+	    entry->generation == policy_generation())
+		return 0;
+	int verdict = judge(true);
+
+	return verdict < 0 ? verdict : 0;
+}
+
 static __always_inline int arrive_at_pod(struct __sk_buff *ctx, struct packet *packet,
 					 const struct endpoint *destination)
 {
@@ -30,8 +51,10 @@ static __always_inline int arrive_at_pod(struct __sk_buff *ctx, struct packet *p
 		return drop(ctx, packet, verdict);
 	struct ct_entry *entry = ct_find(packet);
 
+	verdict = arrive_takes_over(packet, entry);
+	if (verdict < 0)
+		return drop(ctx, packet, verdict);
 	verdict = ct_admit(ctx, packet, entry, false);
-
 	if (verdict < 0)
 		return drop(ctx, packet, verdict);
 	verdict = service_from_backend(ctx, packet, entry);

@@ -6,6 +6,7 @@
 
 #include "lib/reply.h"
 #include "lib/service.h"
+#include "lib/settings.h"
 
 /* RFC 4727 keeps these for experiments. Copied into fragments; skipped by who does not know it. */
 #define DSR_IPV4_OPTION 158
@@ -65,14 +66,17 @@ static __always_inline bool dsr_is_possible(const struct packet *packet,
 	       dsr_client_is_outside(&packet->flow.source);
 }
 
-/* Bytes that this packet of such a flow gets. Of a connection the first says it. */
+/* Whether this packet of such a flow says it: of a connection the first does. */
+static __always_inline bool dsr_is_told(const struct packet *packet)
+{
+	return !packet->quoted_l3_offset && packet->fragment != FRAGMENT_LATER &&
+	       (packet->flow.l4_proto != IPPROTO_TCP || (packet->tcp_flags & TCP_SYN));
+}
+
+/* Bytes that this packet of such a flow gets. */
 static __always_inline __u32 dsr_bytes(const struct packet *packet)
 {
-	if (packet->quoted_l3_offset || packet->fragment == FRAGMENT_LATER ||
-	    !dsr_has_room(packet) ||
-	    (packet->flow.l4_proto == IPPROTO_TCP && !(packet->tcp_flags & TCP_SYN)))
-		return 0;
-	return dsr_size(packet);
+	return dsr_is_told(packet) && dsr_has_room(packet) ? dsr_size(packet) : 0;
 }
 
 static __always_inline int dsr_resize(struct __sk_buff *ctx, __s32 bytes)
@@ -137,6 +141,14 @@ __subprogram int dsr_put(struct __sk_buff *ctx, const struct packet *packet)
 	return packet->ipv6 ? dsr_put_ipv6(ctx, packet) : dsr_put_ipv4(ctx, packet);
 }
 
+/* Whether something lies between the IP header and the transport's: almost never. */
+static __always_inline bool dsr_may_be_there(const struct packet *packet)
+{
+	__u32 header = packet->ipv6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr);
+
+	return packet->l4_offset != ETH_HLEN + header;
+}
+
 /* 1 with the frontend if the packet carries one, 0 if not. */
 static __always_inline int dsr_read(struct __sk_buff *ctx, const struct packet *packet,
 				    struct ip_addr *vip, __be16 *port)
@@ -196,12 +208,28 @@ static __always_inline int dsr_cut_ipv6(struct __sk_buff *ctx)
 	return 0;
 }
 
-/* Whether something lies between the IP header and the transport's: almost never. */
-static __always_inline bool dsr_may_be_there(const struct packet *packet)
+/* Whether a node may have written it. What comes through the overlay a node sent, and pods send
+ * from their own addresses alone; dsr_is_forged() keeps others' from being passed on. Natively
+ * routed packets do not say who sent them: there, who can send to pods' addresses by the uplink
+ * can do the same as a client of the frontend. */
+static __always_inline bool dsr_is_a_nodes(const struct packet *packet)
 {
-	__u32 header = packet->ipv6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr);
+	return (!tunnel || packet->place == PLACE_OVERLAY) &&
+	       dsr_client_is_outside(&packet->flow.source);
+}
 
-	return packet->l4_offset != ETH_HLEN + header;
+/* Whether the packet, for no pod of this node, is to tell a pod's node what only we would. Nodes
+ * send it there at once. */
+static __always_inline bool dsr_is_forged(struct __sk_buff *ctx, const struct packet *packet)
+{
+	const struct route *route;
+	struct ip_addr vip;
+	__be16 port;
+
+	if (!dsr_may_be_there(packet))
+		return false;
+	route = route_find(&packet->flow.destination);
+	return route && (route->flags & ROUTE_POD_CIDR) && dsr_read(ctx, packet, &vip, &port);
 }
 
 /* Takes out what another node wrote: the flow is then one of a service, as if the choice had been
@@ -211,7 +239,7 @@ __subprogram int dsr_take(struct __sk_buff *ctx, struct packet *packet)
 	struct ip_addr vip;
 	__be16 port;
 
-	if (packet->quoted_l3_offset || packet->fragment == FRAGMENT_LATER ||
+	if (!dsr_is_told(packet) || !dsr_is_a_nodes(packet) ||
 	    !dsr_read(ctx, packet, &vip, &port))
 		return 0;
 	if (!is_node(&vip) && !service_find(&vip, port, packet->flow.l4_proto, SCOPE_INTERNAL))

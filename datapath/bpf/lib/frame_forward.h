@@ -75,7 +75,7 @@ __subprogram bool forward_decide(struct packet *packet)
 	receiver = snat_receiver(packet);
 	if (!receiver && (endpoint_find(&flow->destination) || !frontend_is_asked(packet)))
 		return false;
-	if (arrive_is_spoofed(packet))
+	if (arrive_is_spoofed(packet) || arrive_is_unrouted(packet))
 		return false;
 	return receiver ? forward_to_client(packet, receiver) : forward_to_backend(packet);
 }

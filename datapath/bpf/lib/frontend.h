@@ -173,6 +173,11 @@ static __always_inline bool bypasses_overlay(const struct packet *packet)
 	return route && (route->flags & ROUTE_POD_CIDR);
 }
 
+static __always_inline bool frontend_is_lied_to(const struct packet *packet)
+{
+	return bypasses_overlay(packet) || arrive_is_unrouted(packet);
+}
+
 /* Sends what asks for a service to a backend: packet->service is set then. 0 or a drop reason. */
 static __always_inline int frontend_ask(struct __sk_buff *ctx, struct packet *packet)
 {
@@ -184,9 +189,9 @@ static __always_inline int frontend_ask(struct __sk_buff *ctx, struct packet *pa
 
 	if (!exists && !(entry && service_is_asked(packet, entry)))
 		return 0;
-	/* Before anything is chosen or said in the name of the pod. */
-	return bypasses_overlay(packet) ? -DROP_SPOOFED_SOURCE :
-					  service_to_backend(ctx, packet, entry);
+	/* Before anything is chosen or said in the name of whom it is not from. */
+	return frontend_is_lied_to(packet) ? -DROP_SPOOFED_SOURCE :
+					     service_to_backend(ctx, packet, entry);
 }
 
 /* What is for no pod of this node: to the backend, or back to the client. */
@@ -218,12 +223,16 @@ static __always_inline int frontend_receive(struct __sk_buff *ctx, struct packet
 			return frontend_refuse(ctx, packet, verdict);
 		destination = endpoint_find(&packet->flow.destination);
 	}
-	if (destination && !packet->service && bypasses_overlay(packet))
+	if (destination && !packet->service && frontend_is_lied_to(packet))
 		return drop(ctx, packet, DROP_SPOOFED_SOURCE);
 	if (destination)
 		return fragment < 0 ? drop(ctx, packet, fragment) :
 				      arrive_at_pod(ctx, packet, destination);
-	if (!returns && !packet->service)
-		return arrive_is_stray(packet) ? drop(ctx, packet, DROP_NO_ENDPOINT) : TC_ACT_OK;
+	if (!returns && !packet->service) {
+		if (arrive_is_stray(packet))
+			return drop(ctx, packet, DROP_NO_ENDPOINT);
+		return dsr_is_forged(ctx, packet) ? drop(ctx, packet, DROP_SPOOFED_SOURCE) :
+						    TC_ACT_OK;
+	}
 	return frontend_forward(ctx, packet, returns);
 }
