@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
 
 from e2e.suite import export, world
-from e2e.suite.kubectl import Manifest, apply, delete, kubectl
+from e2e.suite.kubectl import Manifest, apply, command, delete, get, kubectl
 from e2e.suite.outsider import Outsider, outsider
 from e2e.suite.world import World
 
@@ -52,6 +56,35 @@ def objects() -> Iterator[Objects]:
     yield made
     if made.made:
         delete(*made.made, wait=True)
+
+
+@pytest.fixture
+def monitor(cluster: World) -> Iterator[list[dict[str, Any]]]:
+    """The events that `weir monitor` prints, as they come, from the agents of both nodes."""
+    seen: list[dict[str, Any]] = []
+    processes = []
+    for item in get("pods", "--selector=app.kubernetes.io/name=weir-agent",
+                    f"--namespace={cluster.weir}")["items"]:  # fmt: skip
+        where = [item["metadata"]["name"], f"--namespace={cluster.weir}"]
+        arguments = command("exec", *where, "--", "weir", "monitor", "-o", "json")
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        threading.Thread(target=collect, args=(process, seen), daemon=True).start()
+    time.sleep(1)  # subscribing has no acknowledgement
+    yield seen
+    for process in processes:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def collect(process: subprocess.Popen[str], seen: list[dict[str, Any]]) -> None:
+    assert process.stdout is not None
+    try:
+        seen.extend(json.loads(line) for line in process.stdout)
+    except ValueError:
+        return  # closed, or cut at the end
 
 
 @pytest.hookimpl(wrapper=True)

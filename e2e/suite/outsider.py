@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -23,8 +23,12 @@ START_S = 10
 class Outsider(Probe):
     """The probe there; it is reached by its socket, not through the API server."""
 
-    def __init__(self, addresses: tuple[str, ...], socket: str, enter: list[str]) -> None:
+    def __init__(
+        self, addresses: tuple[str, ...], device: str, socket: str, enter: list[str]
+    ) -> None:
+        """device: the one that is on the nodes' segment."""
         super().__init__("outside", "outside", "", addresses)
+        self.device = device
         self._enter = enter
         self.environment = {**os.environ, "PROBE_CONTROL": socket, "PROBE_NAME": "outside"}
 
@@ -45,15 +49,46 @@ class Outsider(Probe):
         return {n["dst"]: n["lladdr"] for n in json.loads(listed.stdout) if "lladdr" in n}
 
     @contextmanager
-    def routes(self, addresses: dict[str, str]) -> Iterator[None]:
-        """To addresses of Services (key) by way of nodes (value), as a router would have them."""
+    def routes(
+        self, addresses: dict[str, str], sources: dict[int, str] | None = None
+    ) -> Iterator[None]:
+        """To addresses of Services (key) by way of nodes (value), as a router would have them.
+        sources: by family, the address to ask from, instead of the one that nodes know."""
         for action in ("replace", "del"):
             for address, via in addresses.items():
-                family = "-6" if ":" in address else "-4"
-                route = ["ip", family, "route", action, address, "via", via]
-                subprocess.run([*self._enter, *route], check=True)
+                family = 6 if ":" in address else 4
+                source = ["src", sources[family]] if sources else []
+                route = [f"-{family}", "route", action, address, "via", via, *source]
+                subprocess.run([*self._enter, "ip", *route], check=True)
             if action == "replace":
                 yield
+
+    @contextmanager
+    def more_addresses(self, addresses: Iterable[str]) -> Iterator[None]:
+        """On the nodes' segment, besides those that it has."""
+        for action in ("add", "del"):
+            for address in addresses:
+                whole = [f"{address}/128", "nodad"] if ":" in address else [f"{address}/32"]
+                command = ["ip", "address", action, whole[0], "dev", self.device]
+                subprocess.run([*self._enter, *command, *whole[1:]], check=True)
+            if action == "add":
+                yield
+
+    @contextmanager
+    def ready_for_xdp(self, mode: str, nodes: Iterable[str]) -> Iterator[None]:
+        """The far ends of the nodes' uplinks, which have the nodes' names."""
+        command = [sys.executable, "-m", "e2e.suite.far_ends", mode, *nodes]
+        process = subprocess.Popen(
+            [*self._enter, *command], cwd=REPOSITORY,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line == "ready\n", f"far_ends said {line!r}"
+            yield
+        finally:
+            process.communicate()
 
 
 @contextmanager
@@ -61,13 +96,14 @@ def outsider() -> Iterator[Outsider]:
     if not is_local():
         pytest.skip("no client outside of this cluster")
     from e2e.cluster import namespaces  # noqa: PLC0415 - only the local cluster has them
+    from e2e.cluster.control_plane import BRIDGE  # noqa: PLC0415
     from e2e.cluster.paths import SETTINGS  # noqa: PLC0415
     from e2e.cluster.settings import CONTROL_PLANE, load_settings  # noqa: PLC0415
 
     networks = load_settings(SETTINGS).networks
     enter = namespaces.entered(CONTROL_PLANE, [], only_network=True)
     socket = f"/tmp/weir-e2e-client-{os.getpid()}.sock"
-    made = Outsider(tuple(network.gateway for network in networks), socket, enter)
+    made = Outsider(tuple(network.gateway for network in networks), BRIDGE, socket, enter)
     process = made.serve()
     try:
         deadline = time.monotonic() + START_S

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from e2e.suite.conftest import Objects
-from e2e.suite.kubectl import apply, delete, eventually, get, kubeconfig, kubectl
+from e2e.suite.kubectl import apply, delete, eventually, get, kubectl
 from e2e.suite.policies import PROPAGATION_S, pods, policy
 from e2e.suite.world import TCP, UDP, World, pod, when_ready
 
@@ -106,35 +104,6 @@ def test_a_new_pod_is_never_reachable_without_its_policy(
 def first_addresses(cidr: str) -> str:
     """The part of an IPv6 range that a node gives out first."""
     return cidr.partition("/")[0] + "/120"
-
-
-@pytest.fixture
-def monitor(cluster: World) -> Iterator[list[dict[str, Any]]]:
-    """The events that `weir monitor` prints, as they come, from the agents of both nodes."""
-    seen: list[dict[str, Any]] = []
-    processes = []
-    for item in get("pods", "--selector=app.kubernetes.io/name=weir-agent",
-                    f"--namespace={cluster.weir}")["items"]:  # fmt: skip
-        arguments = ["kubectl", f"--kubeconfig={kubeconfig()}", f"--namespace={cluster.weir}"]
-        arguments += ["exec", item["metadata"]["name"], "--", "weir", "monitor", "-o", "json"]
-        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
-        processes.append(process)
-        threading.Thread(target=collect, args=(process, seen), daemon=True).start()
-    time.sleep(1)  # subscribing has no acknowledgement
-    yield seen
-    for process in processes:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-def collect(process: subprocess.Popen[str], seen: list[dict[str, Any]]) -> None:
-    assert process.stdout is not None
-    try:
-        seen.extend(json.loads(line) for line in process.stdout)
-    except ValueError:
-        return  # closed, or cut at the end
 
 
 def test_monitor_names_the_policy_of_a_drop(

@@ -9,10 +9,8 @@ broken, and no new one refused.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,18 +19,10 @@ from pathlib import Path
 import pytest
 
 from e2e.suite.conftest import Objects
-from e2e.suite.kubectl import (
-    REPOSITORY,
-    KubectlError,
-    eventually,
-    get,
-    is_local,
-    kubeconfig,
-    kubectl,
-    program,
-)
+from e2e.suite.kubectl import REPOSITORY, eventually, get, is_local, kubectl
 from e2e.suite.policies import PROPAGATION_S, pods, policy
 from e2e.suite.probes import Flow
+from e2e.suite.release import Release
 from e2e.suite.world import TCP, UDP, World, is_ready, pod, when_ready
 
 INTERVAL_S = 0.02
@@ -189,17 +179,13 @@ def test_killed_parts_cost_no_packet(
 @pytest.mark.timeout(240)
 def test_an_upgrade_costs_no_packet(cluster: World) -> None:
     """`helm upgrade` with a changed setting restarts every agent and operator."""
-    if not is_local():
-        pytest.skip("only the local cluster's release may be changed")
-    helm = [program("helm"), f"--kubeconfig={kubeconfig()}", f"--namespace={cluster.weir}"]
-    upgrade = [*helm, "upgrade", "weir", str(REPOSITORY / "charts" / "weir"), "--reuse-values"]
+    release = Release(cluster.weir)
     before, since = ages(cluster), ready_since()
-    values = json.loads(run([*helm, "get", "values", "weir", "--all", "--output=json"]))
+    values = release.values()
     changed = 200 if values["agent"]["resyncSeconds"] != 200 else 300
     level = "debug" if values["logLevel"] != "debug" else "info"
     with under_traffic(cluster):
-        changes = [f"--set=agent.resyncSeconds={changed}", f"--set=logLevel={level}"]
-        run([*upgrade, *changes, "--wait", "--timeout=3m"])
+        release.upgrade(agent__resyncSeconds=changed, logLevel=level)
         wait_until_recovered(cluster)
     assert ready_since() == since
     assert not set(before) & set(ages(cluster)), "some of Weir's pods were not replaced"
@@ -209,13 +195,6 @@ def ages(cluster: World) -> list[str]:
     selector = "--selector=app.kubernetes.io/part-of=weir"
     found = get("pods", selector, f"--namespace={cluster.weir}")["items"]
     return [item["metadata"]["uid"] for item in found]
-
-
-def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
-    if done.returncode:
-        raise KubectlError(f"{' '.join(command[:5])}: {done.stderr.strip()}")
-    return done.stdout
 
 
 @pytest.mark.timeout(180)
