@@ -145,6 +145,15 @@ def test_a_lie_leaves_nothing_behind(node: Node, net: Book) -> None:
     assert node.flows() == {}
 
 
+def test_a_backends_answers_come_by_the_overlay_alone(node: Node, net: Book) -> None:
+    """Else anybody beside the nodes could answer a client in a pod's name."""
+    node.service(6, 80, (net.r, 8080))
+    node.arrives(net.ip(net.world, net.vip) / TCP(sport=4000, dport=80, flags="S"))
+    [port] = {e.port for k, e in node.tables.snat.items() if k.kind == SnatKind.FORWARD}
+    out = node.arrives(net.ip(net.r, net.node) / TCP(sport=8080, dport=port, flags="SA"))
+    assert out.drops == {DropReason.SPOOFED_SOURCE: 1}
+
+
 def test_from_the_frontend_is_not_to_it(either: Node, net: Book) -> None:
     """What claims to be a service's answer to this node is not sent to its backend."""
     either.service(6, 80, (net.b, 8080))

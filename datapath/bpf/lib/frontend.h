@@ -223,7 +223,7 @@ static __always_inline int frontend_receive(struct __sk_buff *ctx, struct packet
 			return frontend_refuse(ctx, packet, verdict);
 		destination = endpoint_find(&packet->flow.destination);
 	}
-	if (destination && !packet->service && frontend_is_lied_to(packet))
+	if ((destination || returns) && !packet->service && frontend_is_lied_to(packet))
 		return drop(ctx, packet, DROP_SPOOFED_SOURCE);
 	if (destination)
 		return fragment < 0 ? drop(ctx, packet, fragment) :
