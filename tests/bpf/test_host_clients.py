@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 from scapy.layers.inet import ICMP, TCP, UDP
-from scapy.layers.inet6 import ICMPv6PacketTooBig
+from scapy.layers.inet6 import ICMPv6PacketTooBig, ICMPv6TimeExceeded
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet, Raw
 from support.packet_node import GATEWAY_MAC, HOST_MACS, PEER_MAC, POD_MACS, Book, Node
@@ -80,6 +80,18 @@ def test_host_learns_the_path_mtu(node: Node, net: Book) -> None:
     quoted = Raw(bytes(sent)[: header + 8])
     answer = net.ip(net.vip, net.node, **fields) / error / quoted
     assert_packet(out.packet, bytes(Ether(src=PEER_MAC, dst=GATEWAY_MAC) / answer))
+
+
+def test_host_is_told_that_the_hop_limit_ended(node: Node, net: Book) -> None:
+    """About its own packet, as the other refusals."""
+    node.service(17, 53, (net.node2, 5353))
+    sent = net.ip(net.node, net.vip, **net.ttl(1)) / UDP(sport=4000, dport=53) / b"ask"
+    out = node.leaves(sent)
+    assert (out.code, out.drops) == (TC_ACT_REDIRECT, {DropReason.TTL_EXCEEDED: 1})
+    error = ICMP if net.family == 4 else ICMPv6TimeExceeded
+    assert out.frame[error].type == (11 if net.family == 4 else 3)
+    assert (out.frame[1].src, out.frame[1].dst) == (net.vip, net.node)
+    assert bytes(out.frame[error].payload).startswith(bytes(sent)[:28])
 
 
 def test_what_is_forwarded_is_not_the_hosts(node: Node, net: Book) -> None:
