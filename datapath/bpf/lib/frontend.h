@@ -178,6 +178,15 @@ static __always_inline bool frontend_is_lied_to(const struct packet *packet)
 	return bypasses_overlay(packet) || arrive_is_unrouted(packet);
 }
 
+/* Whether a pod elsewhere may have answered past the overlay: what is too big for that and may be
+ * cut up its node's stack sends, which knows this node's address by the underlay. */
+static __always_inline bool frontend_was_too_big(const struct __sk_buff *ctx,
+						 const struct packet *packet)
+{
+	return !packet->dont_fragment && (packet->fragment != FRAGMENT_NONE ||
+					  wire_length(ctx, packet) > overlay_mtu);
+}
+
 /* Sends what asks for a service to a backend: packet->service is set then. 0 or a drop reason. */
 static __always_inline int frontend_ask(struct __sk_buff *ctx, struct packet *packet)
 {
@@ -223,7 +232,9 @@ static __always_inline int frontend_receive(struct __sk_buff *ctx, struct packet
 			return frontend_refuse(ctx, packet, verdict);
 		destination = endpoint_find(&packet->flow.destination);
 	}
-	if ((destination || returns) && !packet->service && frontend_is_lied_to(packet))
+	if (destination && !packet->service && frontend_is_lied_to(packet))
+		return drop(ctx, packet, DROP_SPOOFED_SOURCE);
+	if (returns && bypasses_overlay(packet) && !frontend_was_too_big(ctx, packet))
 		return drop(ctx, packet, DROP_SPOOFED_SOURCE);
 	if (destination)
 		return fragment < 0 ? drop(ctx, packet, fragment) :
