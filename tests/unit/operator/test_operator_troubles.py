@@ -86,12 +86,12 @@ async def test_a_thousand_nodes_and_two_replicas_make_one_event() -> None:
     stored(fake, POLICY)
     async with fake.serve() as server, Api(Access((server,))) as api:
         writers = [Writer(api, f"replica{i}", event_seconds=0) for i in range(2)]
-        both = [Troubles(api, writer.report, 0.3, 0.01) for writer in writers]
+        both = [Troubles(api, writer.report, 1.0, 0.01) for writer in writers]
         async with running(*(one.run for one in (*both, *writers))):
             for i in range(1000):
                 both[i % 2].heard(f"node{i:03}", [no_room(message=f"{i} rows too many")])
                 if i % 100 == 0:
-                    await asyncio.sleep(0)
+                    await asyncio.sleep(0.01)  # they come one after the other
             assert fake.requests == []  # it waits for all
             await until(lambda: len([r for r in fake.requests if r.method == "POST"]) == 2)
             await until(lambda: not any(writer.waiting for writer in writers))
