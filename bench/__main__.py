@@ -30,6 +30,7 @@ LOCAL = {
     "cni_add": "CNI ADD against bridge + host-local",
     "cold_start": "empty maps to 10,000 services",
     "agent_memory": "RSS of the agent with 10,000 services and 50,000 pods, and its reaction",
+    "policy_change": "API event to map, memory and rows at 30,000 policies and 30,000 pods",
 }
 CLUSTER = {
     "cluster_ip": "connects to a ClusterIP against the pod's address, 10 and 10,000 services",
