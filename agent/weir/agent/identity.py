@@ -27,6 +27,8 @@ class Identity:
         self.numbers = numbers
         self._policy = policy
         self._selectors: dict[WireSelector, str] = {}
+        self._highest = 0
+        self._missing: set[WireSelector] = set()  # asked for, and not there
         self._wire: dict[WireClass, resources.Class] = {}
         self._resolved: dict[WireClass, int] = {}
         self._uses: dict[int, int] = {}
@@ -41,10 +43,15 @@ class Identity:
         if key == old:
             return
         if key is None:
-            del self._selectors[number]
-        else:
-            self._selectors[number] = sys.intern(key)
-        self.selectors_changed = True
+            del self._selectors[number]  # who used it comes anew, or goes, in the same change
+            return
+        self._selectors[number] = sys.intern(key)
+        # An operator's numbers rise: those who use a new one come with it. An earlier one with
+        # another key is another operator's.
+        if number <= self._highest or number in self._missing:
+            self.selectors_changed = True
+            self._missing.clear()
+        self._highest = max(self._highest, number)
 
     def set_class(self, number: WireClass, item: resources.Class | None) -> None:
         if item is None:
@@ -57,7 +64,11 @@ class Identity:
 
     def selector_key(self, number: WireSelector) -> str:
         """An unknown selector is a key of its own that matches nothing but itself."""
-        return self._selectors.get(number) or f"?{number}"
+        key = self._selectors.get(number)
+        if key is None:
+            self._missing.add(number)
+            return f"?{number}"
+        return key
 
     def resolve(self) -> set[WireClass]:
         """Give numbers to changed wire classes. Returns those whose number changed."""
