@@ -13,25 +13,21 @@ compiling all of it takes, and the rows of the node's policy map against another
 from __future__ import annotations
 
 import gc
-import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import quantiles
-from typing import Any
 
-import msgspec
+from support import policy_cluster as world
 from support.agents import AgentNode
 from support.datapaths import place
 from support.namespaces import NetNs
 from support.operators import ScriptedOperator
 
-from bench import policy_cluster as world
 from bench import result
 from bench.errors import BenchError
 from bench.identities import needed
@@ -55,36 +51,12 @@ RUNTIME_BYTES = 16
 SIZE = f"{SHAPE.policies:,} policies, {SHAPE.pods:,} pods"
 
 
-def parsed(kind: Any, objects: Iterable[world.Json]) -> list[Any]:
-    return [kind.read(msgspec.Raw(json.dumps(item).encode())).value for item in objects]
-
-
-@dataclass(frozen=True, slots=True)
-class Objects:
-    namespaces: list[Any]
-    policies: list[Any]
-    pods: list[Any]
-
-
-def objects(shape: world.Shape) -> Objects:
-    return Objects(
-        parsed(kinds.NAMESPACE, world.namespaces(shape)),
-        parsed(kinds.POLICY, world.policies(shape)),
-        parsed(kinds.POD, world.pods(shape)),
-    )
-
-
-def compiled(all_of_it: Objects) -> tuple[float, dict[str, int]]:
+def compiled(all_of_it: world.Objects) -> tuple[float, dict[str, int]]:
     """Seconds from parsed objects to encoded resources, and what the compiler counted."""
     gc.collect()
     start = time.perf_counter()
     compiler, revisions = Compiler(), Revisions("bench")
-    for item in all_of_it.namespaces:
-        compiler.namespace(item.key, item)
-    for item in all_of_it.policies:
-        compiler.policy(item.key, item)
-    for item in all_of_it.pods:
-        compiler.pod(item.key, item)
+    all_of_it.fill(compiler)
     revisions.publish(compiler.flush())
     return time.perf_counter() - start, compiler.counts()
 
@@ -222,7 +194,7 @@ def run() -> list[result.Result]:
 
 
 def compile_figures() -> list[result.Result]:
-    all_of_it = objects(SHAPE)
+    all_of_it = world.objects(SHAPE)
     runs = [compiled(all_of_it) for _ in range(COMPILATIONS)]
     counts = runs[0][1]
     return [
@@ -235,7 +207,7 @@ def row_figures(rows: int) -> list[result.Result]:
     found = []
     for text, unique in (("a label set a workload", False), ("a label set a pod", True)):
         shape = world.Shape(SHAPE.namespaces, unique)
-        those = objects(shape)
+        those = world.objects(shape)
         home = [pod for pod in those.pods if pod.node == world.HOME_NODE]
         other = needed(those.pods, those.namespaces, those.policies, home)
         peer = f"identities, {text}"

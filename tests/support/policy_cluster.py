@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A large cluster with policies, as the API server has it: what the policy benchmarks measure with.
+"""A large cluster with policies, as the API server has it, for benchmarks and tests of scale.
 
 Namespaces have pods of ten apps and a hundred policies, ten for each app: seven let another app of
 the namespace in by a port, one the same app of all the team's namespaces, one a network without a
@@ -10,9 +10,18 @@ is asked for by one namespace or by all of a team.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
+
+from weir.operator import kinds
+from weir.operator.compiler import Compiler
+from weir.operator.objects import Namespace, Node, Pod
+from weir.operator.policy import NetworkPolicy
+from weir.operator.reflector import Kind
 
 Json = dict[str, Any]
 
@@ -25,6 +34,7 @@ POD_NETWORK = ipaddress.ip_network("10.128.0.0/12")
 # The agent's node (support.agents): its pods are in "ns", their uids have the form "u-NAME".
 HOME, HOME_NODE = "ns", "node1"
 CREATED = "2026-01-01T00:00:00Z"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,3 +150,44 @@ def policies(shape: Shape) -> Iterator[Json]:
         for app in range(APPS):
             for number in range(POLICIES):
                 yield policy(home, app, number)
+
+
+def parsed(kind: Kind[T], item: Json) -> T:
+    """As the operator's reflector reads it; there is nothing wrong with it."""
+    made = kind.read(msgspec.Raw(json.dumps(item).encode()))
+    if made.value is None or made.problems:
+        raise AssertionError(f"{item}: {made.problems}")
+    return made.value
+
+
+@dataclass(frozen=True, slots=True)
+class Objects:
+    """All of a cluster, parsed."""
+
+    nodes: list[Node]
+    namespaces: list[Namespace]
+    policies: list[NetworkPolicy]
+    pods: list[Pod]
+
+    def fill(self, compiler: Compiler) -> None:
+        """In the order of the operator's first compilation."""
+        for namespace in self.namespaces:
+            compiler.namespace(namespace.key, namespace)
+        for policy in self.policies:
+            compiler.policy(policy.key, policy)
+        for node in self.nodes:
+            compiler.node(node.key, node)
+        for pod in self.pods:
+            compiler.pod(pod.key, pod)
+
+
+def objects(shape: Shape) -> Objects:
+    def read(kind: Kind[T], items: Iterable[Json]) -> list[T]:
+        return [parsed(kind, item) for item in items]
+
+    return Objects(
+        read(kinds.NODE, nodes(shape)),
+        read(kinds.NAMESPACE, namespaces(shape)),
+        read(kinds.POLICY, policies(shape)),
+        read(kinds.POD, pods(shape)),
+    )
