@@ -14,10 +14,10 @@ import msgspec
 
 from weir.agent import resources
 from weir.agent.errors import BadResource
-from weir.agent.policy import PolicyRule
+from weir.agent.rule_sets import PolicyRule, describe_policy
 from weir.agent.tables import Projection
 from weir.api.address import Addr, text
-from weir.datapath.records import Direction, DropReason, Event, EventKind
+from weir.datapath.records import Direction, DropReason, Event, EventKind, Verdict
 
 PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
 
@@ -31,8 +31,9 @@ class Party(msgspec.Struct, frozen=True):
 
 
 class Explained(msgspec.Struct, frozen=True):
-    """An event for people and for JSON. policies: namespace/name of those that decided, or
-    "BlockList NAME"."""
+    """An event for people and for JSON. verdict: "drop", "allow" or "audit", which is what would
+    have been dropped for the reason. policies: of those that decided namespace/name,
+    "ClusterNetworkPolicy NAME" or "BlockList NAME". rule: the one that denies it, if one does."""
 
     time: float
     verdict: str
@@ -44,6 +45,7 @@ class Explained(msgspec.Struct, frozen=True):
     policies: tuple[str, ...]
     near_miss: str
     bytes: int
+    rule: str = ""
 
 
 class Explainer:
@@ -52,13 +54,13 @@ class Explainer:
         self._encoded = encoded
 
     def explain(self, event: Event, clock: Callable[[], float] = time.time) -> Explained:
-        dropped = event.kind == EventKind.DROP
-        policies, near_miss = self._decided(event)
+        passed = event.kind == EventKind.ALLOW
+        policies, rule, near_miss = self._decided(event)
         behind = (time.monotonic_ns() - event.time_ns) / 1e9
         return Explained(
             time=clock() - behind,
-            verdict="drop" if dropped else "allow",
-            reason=_reason(event.reason) if dropped else "",
+            verdict=_kind(event.kind),
+            reason=_reason(event.reason) if not passed else "",
             direction=Direction(event.direction).name.lower() if event.direction < 2 else "",
             protocol=PROTOCOLS.get(event.protocol, str(event.protocol)),
             source=self._party(event.source, event.source_port),
@@ -66,6 +68,7 @@ class Explainer:
             policies=policies,
             near_miss=near_miss,
             bytes=event.length,
+            rule=rule if not passed else "",
         )
 
     def pod_name(self, addr: Addr) -> str:
@@ -88,18 +91,23 @@ class Explainer:
     def _party(self, addr: Addr, port: int) -> Party:
         return Party(text(addr), port, self.pod_name(addr))
 
-    def _decided(self, event: Event) -> tuple[tuple[str, ...], str]:
+    def _decided(self, event: Event) -> tuple[tuple[str, ...], str, str]:
+        """Policies, the rule that decided, a near miss."""
         if event.reason == DropReason.BLOCKED:
             lists = self._projection.blocks.names(event.rule)
-            return tuple(f"BlockList {name}" for name in lists), ""
+            return tuple(f"BlockList {name}" for name in lists), "", ""
         if event.rule:
             rule = self._projection.rule_numbers.key(event.rule)
-            return ((f"{rule.namespace}/{rule.policy}",) if rule else ()), ""
-        if not event.rule_set:
-            return (), ""
-        policy = self._projection.policy
-        names = tuple("/".join(name) for name in policy.policies_of(event.rule_set))
-        return names, self._near_miss(event)
+            if rule is None:
+                return (), "", ""
+            return (describe_policy((rule.namespace, rule.policy)),), str(rule), ""
+        if not event.rule_set or event.kind == EventKind.ALLOW:
+            return (), "", ""
+        names = self._projection.policy.policies_of(event.rule_set)
+        if event.reason != DropReason.UNKNOWN_PEER:
+            # No rule denied it: so they did who let nothing through but what a rule allows.
+            names = tuple(name for name in names if name[0]) or names
+        return tuple(map(describe_policy, names)), "", self._near_miss(event)
 
     def _near_miss(self, event: Event) -> str:
         egress = event.direction == Direction.EGRESS
@@ -107,16 +115,17 @@ class Explainer:
         subject = event.source_class if egress else event.destination_class
         content = self._projection.identity.content(peer)
         named = self._projection.identity.content(peer if egress else subject).ports
-        for rule in self._projection.policy.rules_of(event.rule_set):
+        rule_set = self._projection.policy.rule_set(event.rule_set)
+        for rule in rule_set.rules if rule_set is not None else ():
+            if rule.verdict != Verdict.ALLOW:
+                continue
             by_peer = rule.peers is None or not rule.peers.isdisjoint(content.selectors)
             by_port = _port_matches(rule, event, {(p.name, p.protocol, p.port) for p in named})
             label = self._projection.rule_numbers.key(rule.number)
             if by_peer == by_port or label is None:
                 continue
-            where = f"{'egress' if egress else 'ingress'} rule {rule.index}"
-            name = f"{label.namespace}/{label.policy}"
             missed = "port" if by_peer else "peer"
-            return f"{where} of {name} matches all but the {missed}"
+            return f"{label} matches all but the {missed}"
         return ""
 
 
@@ -140,3 +149,10 @@ def _reason(number: int) -> str:
         return DropReason(number).name.lower().replace("_", "-")
     except ValueError:
         return f"reason {number}"
+
+
+def _kind(number: int) -> str:
+    try:
+        return EventKind(number).name.lower()
+    except ValueError:
+        return f"kind {number}"

@@ -8,6 +8,7 @@ Wire numbers mean something only together with the operator instance that sent t
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 from weir.agent import resources
 from weir.agent.classes import NOTHING, ClassContent, Numbers
@@ -69,6 +70,9 @@ class Identity:
             self._missing.add(number)
             return f"?{number}"
         return key
+
+    def knows_selectors(self, numbers: Iterable[WireSelector]) -> bool:
+        return all(number in self._selectors for number in numbers)
 
     def resolve(self) -> set[WireClass]:
         """Give numbers to changed wire classes. Returns those whose number changed."""
