@@ -72,7 +72,9 @@ class Identity:
         return key
 
     def knows_selectors(self, numbers: Iterable[WireSelector]) -> bool:
-        return all(number in self._selectors for number in numbers)
+        missing = {number for number in numbers if number not in self._selectors}
+        self._missing |= missing
+        return not missing
 
     def resolve(self) -> set[WireClass]:
         """Give numbers to changed wire classes. Returns those whose number changed."""
