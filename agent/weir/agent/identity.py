@@ -28,6 +28,7 @@ class Identity:
         self.numbers = numbers
         self._policy = policy
         self._selectors: dict[WireSelector, str] = {}
+        self._by_key: dict[str, WireSelector] = {}
         self._highest = 0
         self._missing: set[WireSelector] = set()  # asked for, and not there
         self._wire: dict[WireClass, resources.Class] = {}
@@ -43,10 +44,13 @@ class Identity:
         old = self._selectors.get(number)
         if key == old:
             return
+        if old is not None and self._by_key.get(old) == number:
+            del self._by_key[old]
         if key is None:
             del self._selectors[number]  # who used it comes anew, or goes, in the same change
             return
-        self._selectors[number] = sys.intern(key)
+        self._selectors[number] = key = sys.intern(key)
+        self._by_key[key] = number
         # An operator's numbers rise: those who use a new one come with it. An earlier one with
         # another key is another operator's.
         if number <= self._highest or number in self._missing:
@@ -70,6 +74,10 @@ class Identity:
             self._missing.add(number)
             return f"?{number}"
         return key
+
+    def selector_number(self, key: str) -> WireSelector | None:
+        """The other way round."""
+        return WireSelector(int(key[1:])) if key.startswith("?") else self._by_key.get(key)
 
     def knows_selectors(self, numbers: Iterable[WireSelector]) -> bool:
         missing = {number for number in numbers if number not in self._selectors}
