@@ -30,6 +30,7 @@ LOCAL = {
     "cni_add": "CNI ADD against bridge + host-local",
     "cold_start": "empty maps to 10,000 services",
     "agent_memory": "RSS of the agent with 10,000 services and 50,000 pods, and its reaction",
+    "policy_packet": "new flows with 0, 1 and 1,000 rules through from_pod, by test run",
     "policy_change": "API event to map, memory and rows at 30,000 policies and 30,000 pods",
 }
 CLUSTER = {

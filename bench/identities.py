@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from weir.operator.objects import Labels, Namespace, Pod
 from weir.operator.policy import NetworkPolicy
-from weir.operator.selectors import InNamespace, IpBlock, Selector
+from weir.operator.selectors import InNamespace, IpBlock, Pods, Selector
 
 Identity = tuple[str, Labels, Labels]
 
@@ -63,7 +63,7 @@ def identity(pod: Pod, namespaces: dict[str, Labels]) -> Identity:
 
 
 def matches(selector: Selector, identity: Identity) -> bool:
-    if isinstance(selector, IpBlock):
+    if not isinstance(selector, Pods):
         return False
     name, namespace_labels, labels = identity
     if isinstance(selector.scope, InNamespace):
