@@ -38,6 +38,7 @@ CLUSTER = {
     "node_port": "connects from outside by NodePort and LoadBalancer address, 1 and 1,000 clients",
     "memory": "RSS of agent and operator",
     "kube_proxy": "all these connects against bridge + kube-proxy (makes its own clusters)",
+    "policy_connect": "10 and 1,000 policies, against kube-router's firewall (makes its clusters)",
 }
 PRIVATE_MOUNTS = ("unshare", "--mount", "--propagation", "private")
 
