@@ -44,6 +44,7 @@ CHANGES = 100
 RELABELLED_NAMESPACES = 20
 SETTLE_S = 5.0
 CHANGE_S = 30.0
+READY_S = 180.0
 POLL_S = 0.0005
 KIB_PER_MIB = 1024
 MAPS = {"addresses": 65536, "policy": 65536, "conntrack": 4096, "snat": 4096, "sockNat": 4096}
@@ -166,7 +167,8 @@ def run() -> list[result.Result]:
         (folder / "account" / "operator-ca.crt").write_bytes(operator.ca)
         agent.config |= {"operators": [f"127.0.0.1:{PORT}"], "maps": MAPS}
         start = time.perf_counter()
-        agent.start()
+        agent.start(wait=False)
+        agent.wait_ready(READY_S)
         learned = time.perf_counter() - start
         for number in range(world.PER_NODE):
             agent.add(NetNs(), f"p{number}")
