@@ -30,12 +30,15 @@ LOCAL = {
     "cni_add": "CNI ADD against bridge + host-local",
     "cold_start": "empty maps to 10,000 services",
     "agent_memory": "RSS of the agent with 10,000 services and 50,000 pods, and its reaction",
+    "policy_packet": "new flows with 0, 1 and 1,000 rules through from_pod, by test run",
+    "policy_change": "API event to map, memory and rows at 30,000 policies and 30,000 pods",
 }
 CLUSTER = {
     "cluster_ip": "connects to a ClusterIP against the pod's address, 10 and 10,000 services",
     "node_port": "connects from outside by NodePort and LoadBalancer address, 1 and 1,000 clients",
     "memory": "RSS of agent and operator",
     "kube_proxy": "all these connects against bridge + kube-proxy (makes its own clusters)",
+    "policy_connect": "10 and 1,000 policies, against kube-router's firewall (makes its clusters)",
 }
 PRIVATE_MOUNTS = ("unshare", "--mount", "--propagation", "private")
 

@@ -87,7 +87,8 @@ def pod_manifest(name: str, node: str) -> dict[str, Any]:
         "securityContext": {"capabilities": {"add": ["SYS_NICE"]}},  # load.c asks for it
     }
     spec = {"nodeName": node, "containers": [container], "terminationGracePeriodSeconds": 1}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}
+    metadata = {"name": name, "labels": {"load": name}}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 
 
 def apply(*manifests: dict[str, Any]) -> None:

@@ -56,6 +56,11 @@ def client_arguments(mode: str, seconds: float, targets: Sequence[Target]) -> li
     return ["client", str(CPU), mode, str(seconds), str(TURN_MS), *map(str, targets)]
 
 
+def probe_arguments(seconds: float, gap_ms: int, target: Target) -> list[str]:
+    """On any CPU: what is measured is not its own speed."""
+    return ["probe", "-1", str(seconds), str(gap_ms), str(target)]
+
+
 def rates(output: str, count: int) -> list[list[float]]:
     """Per target, the rate a second of each turn that all targets had."""
     turns: list[list[float]] = [[] for _ in range(count)]

@@ -4,13 +4,17 @@
  *
  *   load server CPU PORT,... NETNS...
  *   load client CPU MODE SECONDS TURN_MS NETNS,ADDRESS,PORT[,SOURCE,COUNT]...
+ *   load probe CPU SECONDS GAP_MS NETNS,ADDRESS,PORT
  *
  * NETNS is a path, or - for the one it was started in. CPU -1: any. Connections to a target with
  * SOURCE come from COUNT IPv4 addresses in turn, from that one on. The client gives its targets
  * turns, so that what else the machine does hits all alike, and prints for each turn
  * "TARGET COUNT NANOSECONDS". COUNT is connections (crr: connect, a byte each way, end),
  * round trips (rr, urr over UDP) or bytes (stream). Whatever fails ends the program: a rate with
- * errors in it is no rate.
+ * errors in it is no rate. A probe sends a datagram each GAP_MS, each from a socket of its own, so
+ * that it is a new flow, and prints for each that is answered when it was sent, in nanoseconds of
+ * CLOCK_MONOTONIC, which is the machine's. Ports are used in turn: a flow that is remembered for
+ * half a minute is forgotten when its port comes round.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -363,6 +367,66 @@ static void client(char **arguments, int count)
 	}
 }
 
+/* ---- probe ----------------------------------------------------------------- */
+
+/* Sockets in flight, in a ring: one whose turn comes round was not answered. */
+enum { PROBES = 1024, FIRST_PORT = 1024, PORT_COUNT = 64000 };
+
+static int probe_socket(struct target *target, unsigned int turn)
+{
+	/* Family aside, a v4 and a v6 address begin alike, and the rest of it is 0: any address. */
+	struct sockaddr_storage from = { .ss_family = target->address.ss_family };
+	int type = SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK;
+	int fd = check(socket(from.ss_family, type, 0), "socket");
+
+	((struct sockaddr_in *)&from)->sin_port = htons(FIRST_PORT + turn % PORT_COUNT);
+	check(bind(fd, (void *)&from, target->size), "bind");
+	check(connect(fd, (void *)&target->address, target->size), "connect");
+	return fd;
+}
+
+static void probe(char **arguments)
+{
+	uint64_t end = now() + (uint64_t)(atof(arguments[0]) * 1e9);
+	uint64_t gap = atoll(arguments[1]) * 1000000ull, next = now();
+	struct target target = parse(arguments[2]);
+	int poll = check(epoll_create1(EPOLL_CLOEXEC), "epoll_create1");
+	int fds[PROBES];
+
+	memset(fds, -1, sizeof(fds));
+	enter(target.netns);
+	for (unsigned int turn = 0; now() < end;) {
+		struct epoll_event events[64];
+		int n = epoll_wait(poll, events, 64, now() < next ? 1 : 0);
+
+		for (int i = 0; i < n; i++) {
+			int *fd = &fds[events[i].data.u32];
+			uint64_t sent;
+
+			/* Refused ones have an error instead of an answer. */
+			if (read(*fd, &sent, sizeof(sent)) == sizeof(sent)) {
+				printf("%llu\n", (unsigned long long)sent);
+				fflush(stdout);
+			}
+			close(*fd);
+			*fd = -1;
+		}
+		if (now() < next)
+			continue;
+		unsigned int at = turn % PROBES;
+		struct epoll_event event = { .events = EPOLLIN, .data.u32 = at };
+
+		if (fds[at] >= 0)
+			close(fds[at]);
+		fds[at] = probe_socket(&target, turn++);
+		check(epoll_ctl(poll, EPOLL_CTL_ADD, fds[at], &event), "epoll_ctl");
+		next = now();
+		/* Not sent is not answered: some refusals are told at once. */
+		(void)!write(fds[at], &next, sizeof(next));
+		next += gap;
+	}
+}
+
 int main(int argc, char **argv)
 {
 	signal(SIGPIPE, SIG_IGN);
@@ -372,6 +436,9 @@ int main(int argc, char **argv)
 	} else if (argc >= 7 && !strcmp(argv[1], "client")) {
 		pin(atoi(argv[2]));
 		client(argv + 3, argc - 3);
+	} else if (argc == 6 && !strcmp(argv[1], "probe")) {
+		pin(atoi(argv[2]));
+		probe(argv + 3);
 	} else {
 		fprintf(stderr, "load: see the head of load.c\n");
 		return 2;

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=action)
         return added
 
-    command("up", _up, "start a cluster; NODES, ROUTING, IPFAMILY, CNI, KUBE_PROXY, KUBE_BIN")
+    command("up", _up, "start a cluster; its variables are in README.md")
     command("down", _down, "remove every trace of it")
     command("check-clean", _check_clean, "list what is left of a cluster; fails if anything is")
     command("status", _status, "settings, PIDs and components")

@@ -20,6 +20,7 @@ from e2e.cluster.paths import REPOSITORY
 
 KUBERNETES = "v1.36.1"
 COREDNS = "v1.14.0"
+KUBE_ROUTER_VERSION = "v2.10.0"
 MIN_GO = (1, 26)
 RUNC_WRAPPER = "runc-no-limits"  # ours: see its main.go
 _STAGING = KUBERNETES.replace("v1", "v0", 1)
@@ -50,6 +51,8 @@ class GoModule:
     programs: tuple[Program, ...]
     ldflags: str = ""
     staging: bool = False  # replaces its own parts by folders that only its repository has
+    # Other versions of what it requires, where its own are not served: (module, version).
+    replaced: tuple[tuple[str, str], ...] = ()
     source: Path | None = None  # our own source instead of an upstream module
 
     def imports(self) -> list[str]:
@@ -63,6 +66,7 @@ _KUBE_COMMANDS = (
 )
 _KUBE_IMAGES = ("agnhost", "regression-issue-74839")
 _CONTAINERD = "github.com/containerd/containerd/v2"
+_KUBE_ROUTER = "github.com/cloudnativelabs/kube-router/v2"
 
 # agnhost, the suite and ginkgo share Kubernetes' module: its go.sum must cover them all.
 MODULES = (
@@ -115,6 +119,14 @@ MODULES = (
         (Program("cnitool", "github.com/containernetworking/cni/cnitool"),),
     ),
     GoModule(
+        "kube-router",
+        _KUBE_ROUTER,
+        KUBE_ROUTER_VERSION,
+        (Program("kube-router", f"{_KUBE_ROUTER}/cmd/kube-router"),),
+        # It requires a commit that has no tag, and not every proxy has that.
+        replaced=(("github.com/vishvananda/netlink", "v1.3.1"),),
+    ),
+    GoModule(
         RUNC_WRAPPER,
         "",
         "",
@@ -125,11 +137,12 @@ MODULES = (
 
 CONFORMANCE = ("e2e.test", "ginkgo")
 CNITOOL = ("cnitool",)
+KUBE_ROUTER = ("kube-router",)  # built by clusters that want it
 CLUSTER = tuple(
     program.name
     for module in MODULES
     for program in module.programs
-    if program.name not in CONFORMANCE + CNITOOL
+    if program.name not in CONFORMANCE + CNITOOL + KUBE_ROUTER
 )
 
 
@@ -211,6 +224,7 @@ def _write_module(go: str, module: GoModule, work: Path) -> None:
     if module.staging:
         parts = _staging_modules(go, module)
         lines += [f"replace {path} => {path} {_STAGING}" for path in parts]
+    lines += [f"replace {path} => {path} {version}" for path, version in module.replaced]
     (work / "go.mod").write_text("\n".join(lines) + "\n")
     # A file that imports every program makes `go mod tidy` complete go.sum for all of them.
     imports = "\n".join(f'import _ "{path}"' for path in module.imports())

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# The local Kubernetes. Variables: NODES ROUTING IPFAMILY CNI KUBE_PROXY KUBE_BIN (see e2e/cluster/).
+# The local Kubernetes. Variables: NODES ROUTING IPFAMILY CNI KUBE_PROXY NETPOL KUBE_BIN (see
+# e2e/cluster/).
 
 # Standard library only: cluster-down works where the virtual environment is gone or was never made.
 CLUSTER = PYTHONPATH=$(CURDIR) $(firstword $(wildcard $(PYTHON)) python3) -m e2e.cluster
@@ -7,7 +8,7 @@ CLUSTER = PYTHONPATH=$(CURDIR) $(firstword $(wildcard $(PYTHON)) python3) -m e2e
 ##@ Cluster
 
 .PHONY: cluster
-cluster: setup ## a real Kubernetes with Weir: NODES=2 ROUTING=vxlan IPFAMILY=dual CNI=weir KUBE_PROXY=none
+cluster: setup ## a real Kubernetes with Weir: NODES=2 ROUTING=vxlan IPFAMILY=dual CNI=weir KUBE_PROXY=none NETPOL=none
 	@$(CLUSTER) up
 
 .PHONY: cluster-down

@@ -21,12 +21,12 @@ _KILL_TIMEOUT_S = 20.0
 SETUP = "run `make setup` (as root: it installs the packages of hack/packages.txt)"
 
 
-def check() -> None:
-    """Raise an error that names everything that this machine lacks."""
+def check(programs: tuple[str, ...] = ()) -> None:
+    """Raise an error that names everything that this machine lacks. `programs`: needed as well."""
     if os.geteuid() != 0:
         raise ClusterError("a cluster needs root: namespaces, mounts, BPF", "run make as root")
     cgroup_root()
-    missing = [name for name in _PROGRAMS if not shutil.which(name)]
+    missing = [name for name in (*_PROGRAMS, *programs) if not shutil.which(name)]
     if missing:
         raise ClusterError(f"programs are missing: {', '.join(missing)}", SETUP)
     if not Path("/usr/lib/cni/host-local").exists():

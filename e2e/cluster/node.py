@@ -17,7 +17,7 @@ from typing import NoReturn
 from e2e.cluster import nodeconfig
 from e2e.cluster.namespaces import NODE_PATH
 from e2e.cluster.paths import PKI, Place
-from e2e.cluster.settings import KubeProxy, Settings
+from e2e.cluster.settings import KubeProxy, NetPol, Settings
 from e2e.cluster.shell import sysctl, tool
 from e2e.cluster.supervisor import Component, supervise
 
@@ -83,6 +83,8 @@ def _fill_root(root: Path, name: str, settings: Settings) -> None:
         shutil.copy(PKI / source, kubernetes / "pki" / target)
     if settings.kube_proxy is not KubeProxy.NONE:
         shutil.copy(PKI / "kube-proxy.conf", kubernetes / "kube-proxy.conf")
+    if settings.netpol is NetPol.KUBE_ROUTER:
+        shutil.copy(PKI / "kube-router.conf", root / nodeconfig.KUBE_ROUTER.lstrip("/"))
     nodeconfig.write(etc, name, settings)
 
 
@@ -152,6 +154,10 @@ def _set_up_network(name: str, settings: Settings) -> None:
     sysctl("net/ipv6/conf/all/forwarding", "1")
     for scope in ("all", "default"):
         sysctl(f"net/ipv4/conf/{scope}/rp_filter", "0")
+    if settings.netpol is NetPol.KUBE_ROUTER:
+        # Else iptables sees nothing of what the bridge forwards between two pods of the node.
+        for tables in ("iptables", "ip6tables"):
+            sysctl(f"net/bridge/bridge-nf-call-{tables}", "1")
 
 
 def _components(name: str, settings: Settings) -> list[Component]:
@@ -172,4 +178,8 @@ def _components(name: str, settings: Settings) -> list[Component]:
     if settings.kube_proxy is not KubeProxy.NONE:
         proxy = (f"{nodeconfig.BINARIES}/kube-proxy", f"--config={nodeconfig.KUBE_PROXY}")
         components.append(Component("kube-proxy", proxy, environment))
+    if settings.netpol is NetPol.KUBE_ROUTER:  # it ends, and is started again, until it is a node
+        flags = nodeconfig.kube_router_flags(name, settings)
+        router = (f"{nodeconfig.BINARIES}/kube-router", *flags)
+        components.append(Component("kube-router", router, environment))
     return components

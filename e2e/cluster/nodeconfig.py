@@ -5,13 +5,14 @@ import json
 from pathlib import Path
 
 from e2e.cluster.binaries import RUNC_WRAPPER
-from e2e.cluster.settings import CLUSTER_DOMAIN, Cni, KubeProxy, Settings
+from e2e.cluster.settings import CLUSTER_DOMAIN, Cni, IpFamily, KubeProxy, Settings
 
 BINARIES = "/opt/kube/bin"
 CONTAINERD = "/etc/containerd/config.toml"
 CONTAINERD_SOCKET = "/run/containerd/containerd.sock"
 KUBELET = "/etc/kubernetes/kubelet.json"
 KUBE_PROXY = "/etc/kubernetes/kube-proxy.json"
+KUBE_ROUTER = "/etc/kubernetes/kube-router.conf"
 WEIR_TAINT = "node.weir.dev/agent-not-ready"
 PAUSE_IMAGE = "registry.k8s.io/pause:3.10.2"
 
@@ -107,3 +108,18 @@ def _kube_proxy(name: str, settings: Settings) -> str:
         "conntrack": {"maxPerCore": 0, "min": 0},
     }
     return json.dumps(config, indent=2) + "\n"
+
+
+def kube_router_flags(name: str, settings: Settings) -> tuple[str, ...]:
+    """Its firewall alone: pods and Services are wired by others."""
+    families = {network.family for network in settings.networks}
+    return (
+        "--run-firewall=true",
+        "--run-router=false",
+        "--run-service-proxy=false",
+        f"--kubeconfig={KUBE_ROUTER}",
+        f"--hostname-override={name}",
+        f"--service-cluster-ip-range={settings.service_cidrs()}",
+        f"--enable-ipv4={str(IpFamily.IPV4 in families).lower()}",
+        f"--enable-ipv6={str(IpFamily.IPV6 in families).lower()}",
+    )

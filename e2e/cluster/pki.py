@@ -10,7 +10,7 @@ from pathlib import Path
 
 from e2e.cluster.errors import ClusterError
 from e2e.cluster.paths import KUBECONFIG, PKI
-from e2e.cluster.settings import API_PORT, CLUSTER_DOMAIN, KubeProxy, Settings
+from e2e.cluster.settings import API_PORT, CLUSTER_DOMAIN, KubeProxy, NetPol, Settings
 
 _DAYS = "3650"
 
@@ -42,6 +42,9 @@ def create(settings: Settings, forwarder_port: int) -> None:
         if settings.kube_proxy is not KubeProxy.NONE:
             components.append("kube-proxy")
         jobs += [pool.submit(_client, name, f"/CN=system:{name}", underlay) for name in components]
+        if settings.netpol is NetPol.KUBE_ROUTER:  # no role for it comes with Kubernetes
+            subject = "/O=system:masters/CN=kube-router"
+            jobs.append(pool.submit(_client, "kube-router", subject, underlay))
         for node in settings.node_names:
             subject = f"/O=system:nodes/CN=system:node:{node}"
             addresses = list(settings.node_addresses(node))

@@ -49,6 +49,13 @@ class KubeProxy(StrEnum):
     NFTABLES = "nftables"
 
 
+class NetPol(StrEnum):
+    """Who enforces NetworkPolicy for a CNI choice that does not do so itself."""
+
+    NONE = "none"
+    KUBE_ROUTER = "kube-router"
+
+
 @dataclass(frozen=True, slots=True)
 class Network:
     """The addresses of one family."""
@@ -102,6 +109,7 @@ class Settings:
     ip_family: IpFamily = IpFamily.DUAL
     cni: Cni = Cni.WEIR
     kube_proxy: KubeProxy = KubeProxy.NONE
+    netpol: NetPol = NetPol.NONE
 
     @property
     def networks(self) -> tuple[Network, ...]:
@@ -135,7 +143,7 @@ class Settings:
     def describe(self) -> str:
         return (
             f"NODES={self.nodes} ROUTING={self.routing} IPFAMILY={self.ip_family}"
-            f" CNI={self.cni} KUBE_PROXY={self.kube_proxy}"
+            f" CNI={self.cni} KUBE_PROXY={self.kube_proxy} NETPOL={self.netpol}"
         )
 
 
@@ -156,7 +164,10 @@ def parse_settings(values: Mapping[str, str]) -> Settings:
         ip_family=_choice(values, "IPFAMILY", default.ip_family, problems),
         cni=_choice(values, "CNI", default.cni, problems),
         kube_proxy=_choice(values, "KUBE_PROXY", default.kube_proxy, problems),
+        netpol=_choice(values, "NETPOL", default.netpol, problems),
     )
+    if settings.netpol is not NetPol.NONE and settings.cni is not Cni.BRIDGE:
+        problems.append(f"NETPOL={settings.netpol} goes with CNI=bridge only")
     if problems:
         raise ClusterError("; ".join(problems), "see `make help`")
     return settings
@@ -171,6 +182,7 @@ def load_settings(path: Path) -> Settings:
         ip_family=IpFamily(stored["ip_family"]),
         cni=Cni(stored["cni"]),
         kube_proxy=KubeProxy(stored["kube_proxy"]),
+        netpol=NetPol(stored.get("netpol", NetPol.NONE)),
     )
 
 

@@ -15,7 +15,14 @@ from e2e.cluster.namespaces import spawn
 from e2e.cluster.node import UPLINK
 from e2e.cluster.paths import COMPLETE, KUBECONFIG, LOGS, REPOSITORY, SETTINGS, STATE, Place
 from e2e.cluster.progress import Progress, wait_for
-from e2e.cluster.settings import CONTROL_PLANE, Cni, KubeProxy, Settings, load_settings
+from e2e.cluster.settings import (
+    CONTROL_PLANE,
+    Cni,
+    KubeProxy,
+    NetPol,
+    Settings,
+    load_settings,
+)
 from e2e.cluster.shell import tool
 
 _PREFERRED_PORT = 16443
@@ -27,7 +34,8 @@ _READY_S = 120.0
 
 def up(settings: Settings) -> None:
     """Bring a cluster up; one that is up already with these settings gets Weir rolled out anew."""
-    host.check()
+    with_router = settings.netpol is NetPol.KUBE_ROUTER
+    host.check(("iptables", "ipset") if with_router else ())
     progress = Progress()
     if settings.cni is Cni.WEIR:
         deploy.build_image()
@@ -41,7 +49,8 @@ def up(settings: Settings) -> None:
         progress.step("the cluster is up already")
     else:
         folder = binaries.binary_folder()
-        binaries.build(binaries.CLUSTER, folder)
+        wanted = binaries.CLUSTER + (binaries.KUBE_ROUTER if with_router else ())
+        binaries.build(wanted, folder)
         archives = images.build(folder)
         _refuse_foreign_cluster()
         down.down(keep_logs=False)

@@ -121,7 +121,8 @@ def _cluster() -> tuple[str, str]:
     settings = load_settings(SETTINGS)
     cni = f"{settings.cni}-{settings.routing}" if settings.cni is Cni.WEIR else str(settings.cni)
     proxy = "" if settings.kube_proxy == "none" else f"-kube-proxy-{settings.kube_proxy}"
-    return cni + proxy, settings.describe()
+    firewall = "" if settings.netpol == "none" else f"-{settings.netpol}"
+    return cni + proxy + firewall, settings.describe()
 
 
 def _kept(lines: Iterable[str], log: TextIO) -> Iterator[str]:

@@ -28,6 +28,9 @@ class Identity:
         self.numbers = numbers
         self._policy = policy
         self._selectors: dict[WireSelector, str] = {}
+        self._by_key: dict[str, WireSelector] = {}
+        self._highest = 0
+        self._missing: set[WireSelector] = set()  # asked for, and not there
         self._wire: dict[WireClass, resources.Class] = {}
         self._resolved: dict[WireClass, int] = {}
         self._uses: dict[int, int] = {}
@@ -41,11 +44,19 @@ class Identity:
         old = self._selectors.get(number)
         if key == old:
             return
+        if old is not None and self._by_key.get(old) == number:
+            del self._by_key[old]
         if key is None:
-            del self._selectors[number]
-        else:
-            self._selectors[number] = sys.intern(key)
-        self.selectors_changed = True
+            del self._selectors[number]  # who used it comes anew, or goes, in the same change
+            return
+        self._selectors[number] = key = sys.intern(key)
+        self._by_key[key] = number
+        # An operator's numbers rise: those who use a new one come with it. An earlier one with
+        # another key is another operator's.
+        if number <= self._highest or number in self._missing:
+            self.selectors_changed = True
+            self._missing.clear()
+        self._highest = max(self._highest, number)
 
     def set_class(self, number: WireClass, item: resources.Class | None) -> None:
         if item is None:
@@ -58,10 +69,20 @@ class Identity:
 
     def selector_key(self, number: WireSelector) -> str:
         """An unknown selector is a key of its own that matches nothing but itself."""
-        return self._selectors.get(number) or f"?{number}"
+        key = self._selectors.get(number)
+        if key is None:
+            self._missing.add(number)
+            return f"?{number}"
+        return key
+
+    def selector_number(self, key: str) -> WireSelector | None:
+        """The other way round."""
+        return WireSelector(int(key[1:])) if key.startswith("?") else self._by_key.get(key)
 
     def knows_selectors(self, numbers: Iterable[WireSelector]) -> bool:
-        return all(number in self._selectors for number in numbers)
+        missing = {number for number in numbers if number not in self._selectors}
+        self._missing |= missing
+        return not missing
 
     def resolve(self) -> set[WireClass]:
         """Give numbers to changed wire classes. Returns those whose number changed."""

@@ -75,10 +75,12 @@ class Placement:
         self._members: dict[WireClass, set[Addr]] = {}
         self._prefixes: dict[Cidr, WireClass] = {}
         self._lengths: Counter[int] = Counter()
+        self._longest_first: list[int] = []
         self._audit = audit
         self._uids: dict[str, tuple[WireClass, bool]] = {}
         self._nodes: Mapping[Addr, NodeAddress] = {}
         self._node_numbers: dict[Addr, int] = {}
+        self._node_classes: set[WireClass | None] = set()
         self._local: dict[str, LocalEndpoint] = {}
         self._last: dict[str, _Labels] = {}
         self._located: dict[Addr, Located] = {}
@@ -107,6 +109,8 @@ class Placement:
         if wire is not None:
             self._prefixes[prefix] = wire
             self._lengths[prefix.bits] += 1
+        if (self._lengths[prefix.bits] > 0) is not (prefix.bits in self._longest_first):
+            self._longest_first = sorted((+self._lengths).keys(), reverse=True)
         self._dirty_prefixes.add(prefix)
         self._dirty_local = self._dirty_nodes = True
 
@@ -119,9 +123,12 @@ class Placement:
 
     def set_nodes(self, nodes: Mapping[Addr, NodeAddress]) -> None:
         """Every node's own addresses."""
-        if nodes != self._nodes:
-            self._nodes = nodes
+        old, self._nodes = self._nodes, nodes
+        changed = {addr for addr in old.keys() | nodes.keys() if old.get(addr) != nodes.get(addr)}
+        if changed:
+            self._dirty |= changed
             self._dirty_nodes = True
+            self._node_classes = {node.wire_class for node in nodes.values()}
 
     def set_endpoint(self, endpoint: LocalEndpoint) -> None:
         self._local[endpoint.container_id] = endpoint
@@ -136,9 +143,12 @@ class Placement:
         changed = set(changed)
         for wire in changed:
             self._dirty |= self._members.get(wire, set())
-        self._dirty_prefixes |= {p for p, wire in self._prefixes.items() if wire in changed}
-        if changed:
-            self._dirty_local = self._dirty_nodes = True
+        prefixes = (
+            {p for p, wire in self._prefixes.items() if wire in changed} if changed else set()
+        )
+        self._dirty_prefixes |= prefixes
+        self._dirty_local |= bool(changed)
+        self._dirty_nodes |= bool(prefixes) or not changed.isdisjoint(self._node_classes)
 
     # ---- questions
 
@@ -222,7 +232,7 @@ class Placement:
         old, self._node_numbers = self._node_numbers, numbers
         for number in old.values():
             self._identity.unuse(number)
-        self._dirty |= old.keys() | numbers.keys()
+        self._dirty |= {a for a in old.keys() | numbers.keys() if old.get(a) != numbers.get(a)}
 
     def _node_number(self, addr: Addr, node: NodeAddress) -> int:
         """One use of a number, as `_pod` has it. Of no selector and no ipBlock: a fixed one."""
@@ -237,7 +247,7 @@ class Placement:
 
     def _prefix_number(self, addr: Addr) -> int:
         """The class of the longest ipBlock prefix that contains an address."""
-        for bits in sorted((bits for bits, count in self._lengths.items() if count), reverse=True):
+        for bits in self._longest_first:
             wire = self._prefixes.get(cidr(addr, bits))
             if wire is not None:
                 return self._identity.number(wire)

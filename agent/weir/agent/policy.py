@@ -109,6 +109,10 @@ class PolicyTables:
             self._subjects[number] = (None, None)
             self._dirty_subjects.add(number)
 
+    def subject_selectors(self) -> set[str]:
+        """Of all this node's endpoints."""
+        return set().union(*(self._classes[number].selectors for number in self._subjects))
+
     # ---- projection
 
     def project(self) -> set[int]:

@@ -19,20 +19,17 @@ from weir.agent.frontends import ALL_ADDRESSES, NodePortRule, ServiceFacts, node
 from weir.agent.identity import CLASS_FIRST, Identity
 from weir.agent.netns import NetnsTable
 from weir.agent.placement import Placement
+from weir.agent.policies import Policies
 from weir.agent.policy import PolicyTables
-from weir.agent.resources import Action, Resource, WireClass, WireSelector
+from weir.agent.resources import Resource, WireClass, WireSelector
 from weir.agent.routes import HostRoute, RouteFacts, RouteTables
 from weir.agent.rows import Change, RowsLike
 from weir.agent.rule_sets import (
     FIRST_RULE_SET,
-    STAGES,
-    PolicyContent,
     PolicyName,
-    PolicyRule,
     RuleName,
     RuleSetKey,
     describe_policy,
-    port_spec,
 )
 from weir.agent.services import HOST_PORTS, ServiceName, ServiceTables, describe
 from weir.agent.topology import Place
@@ -49,13 +46,6 @@ class ServiceSettings:
     node_ports: NodePortRule = ALL_ADDRESSES
     maglev_table_size: int = 0
     dsr: bool = False
-
-
-VERDICTS = {
-    Action.ACCEPT: records.Verdict.ALLOW,
-    Action.DENY: records.Verdict.DENY,
-    Action.PASS: records.Verdict.PASS,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +102,7 @@ class Projection:
                 self.announced.rows,
             )
         }
-        self._policies: dict[PolicyName, resources.Policy] = {}
-        self._dirty_policies: set[PolicyName] = set()
-        self._rules: dict[PolicyName, list[int]] = {}
+        self._policies = Policies(self.identity, self.policy, self.rule_numbers)
         self._host_ports: dict[str, resources.Pod] = {}
         self._dirty_host_ports = False
 
@@ -148,8 +136,8 @@ class Projection:
             self.services.set_facts(self._service_facts())
         selectors_changed = self.identity.selectors_changed
         self.placement.classes_changed(self.identity.resolve())
-        self._project_policies(selectors_changed)
         self.placement.locate()
+        self._policies.project(anew=selectors_changed)
         self.placement.project(self.policy.project())
         self.identity.settle()
         self._project_host_ports()
@@ -226,7 +214,7 @@ class Projection:
         return self.routes.host_routes
 
     def policies(self) -> Mapping[PolicyName, resources.Policy]:
-        return self._policies
+        return self._policies.items
 
     # ---- parts
 
@@ -244,7 +232,7 @@ class Projection:
             case resources.Class():
                 self.identity.set_class(item.number, item)
             case resources.Policy():
-                self._set_policy((item.namespace, item.name), item)
+                self._policies.set((item.namespace, item.name), item)
             case resources.Address():
                 self.placement.set_pod_address(item.address, item.wire_class)
             case resources.Prefix():
@@ -273,9 +261,9 @@ class Projection:
             case "class":
                 self.identity.set_class(WireClass(int(rest)), None)
             case "policy":
-                self._set_policy((first, second), None)
+                self._policies.set((first, second), None)
             case "cluster-policy":
-                self._set_policy(("", rest), None)
+                self._policies.set(("", rest), None)
             case "address":
                 self.placement.set_pod_address(Addr(bytes.fromhex(rest)), None)
             case "prefix":
@@ -318,56 +306,3 @@ class Projection:
             maglev_table_size=self._settings.maglev_table_size,
             dsr=self._settings.dsr,
         )
-
-    def _set_policy(self, name: PolicyName, item: resources.Policy | None) -> None:
-        if item is None:
-            self._policies.pop(name, None)
-        else:
-            self._policies[name] = item
-        self._dirty_policies.add(name)
-
-    def _project_policies(self, selectors_changed: bool) -> None:
-        dirty, self._dirty_policies = self._dirty_policies, set()
-        if selectors_changed:
-            dirty |= self._policies.keys()
-        for name in dirty:
-            item = self._policies.get(name)
-            old = self._rules.pop(name, [])
-            if item is None:
-                self.policy.remove_policy(name)
-            else:
-                self.policy.set_policy(name, self._content(name, item))
-            for number in old:
-                self.rule_numbers.release(number)
-
-    def _content(self, name: PolicyName, item: resources.Policy) -> PolicyContent:
-        numbers = self._rules.setdefault(name, [])
-
-        def rules(egress: bool) -> tuple[PolicyRule, ...]:
-            result = []
-            for rule in item.rules:
-                if rule.egress != egress:
-                    continue
-                label = RuleName(item.namespace, item.name, egress, rule.index)
-                number = self.rule_numbers.acquire(label)
-                numbers.append(number)
-                result.append(self._rule(number, rule))
-            return tuple(result)
-
-        return PolicyContent(
-            subject=self.identity.selector_key(item.subject),
-            ingress=rules(False) if item.ingress else None,
-            egress=rules(True) if item.egress else None,
-            stage=STAGES[item.tier],
-            priority=item.priority,
-        )
-
-    def _rule(self, number: int, rule: resources.Rule) -> PolicyRule:
-        """A peer that is not known is nobody. Where nobody would mean that more passes, the rule
-        denies everything."""
-        if rule.action != Action.ACCEPT and not self.identity.knows_selectors(rule.peers):
-            return PolicyRule(number, rule.index, None, (), records.Verdict.DENY)
-        peers = frozenset(self.identity.selector_key(peer) for peer in rule.peers)
-        ports = tuple(port_spec(p.protocol, p.first, p.last, p.name) for p in rule.ports)
-        verdict = VERDICTS[rule.action]
-        return PolicyRule(number, rule.index, None if rule.any_peer else peers, ports, verdict)

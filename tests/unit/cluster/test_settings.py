@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from e2e.cluster.errors import ClusterError
-from e2e.cluster.settings import Cni, IpFamily, Settings, load_settings, parse_settings
+from e2e.cluster.nodeconfig import kube_router_flags
+from e2e.cluster.settings import (
+    Cni,
+    IpFamily,
+    NetPol,
+    Settings,
+    load_settings,
+    parse_settings,
+)
 
 
 def test_absent_and_empty_variables_mean_the_default() -> None:
@@ -21,8 +29,27 @@ def test_all_bad_values_are_reported_together() -> None:
     assert "CNI" not in str(caught.value)
 
 
+def test_a_firewall_beside_weirs_policy_is_refused() -> None:
+    with pytest.raises(ClusterError, match="NETPOL=kube-router goes with CNI=bridge only"):
+        parse_settings({"NETPOL": "kube-router"})
+    assert parse_settings({"NETPOL": "kube-router", "CNI": "bridge"}).netpol is NetPol.KUBE_ROUTER
+
+
+def test_kube_router_enforces_policy_and_does_nothing_else() -> None:
+    settings = Settings(ip_family=IpFamily.IPV6, cni=Cni.BRIDGE, netpol=NetPol.KUBE_ROUTER)
+    flags = dict(flag.split("=", 1) for flag in kube_router_flags("node2", settings))
+    runs = {name: value for name, value in flags.items() if name.startswith("--run-")}
+    assert runs == {
+        "--run-firewall": "true",
+        "--run-router": "false",
+        "--run-service-proxy": "false",
+    }
+    assert (flags["--enable-ipv4"], flags["--enable-ipv6"]) == ("false", "true")
+    assert flags["--hostname-override"] == "node2"
+
+
 def test_settings_survive_their_file(tmp_path: Path) -> None:
-    settings = Settings(nodes=3, ip_family=IpFamily.IPV6, cni=Cni.BRIDGE)
+    settings = Settings(nodes=3, ip_family=IpFamily.IPV6, cni=Cni.BRIDGE, netpol=NetPol.KUBE_ROUTER)
     settings.save(tmp_path / "cluster.json")
     assert load_settings(tmp_path / "cluster.json") == settings
 
