@@ -12,14 +12,13 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from weir.agent import resources
+from weir.agent import resources, verdict
 from weir.agent.errors import BadResource
-from weir.agent.policy import PolicyRule
 from weir.agent.tables import Projection
+from weir.agent.verdict import PROTOCOLS, Question
+from weir.agent.verdict import Party as End
 from weir.api.address import Addr, text
 from weir.datapath.records import Direction, DropReason, Event, EventKind
-
-PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
 
 
 class Party(msgspec.Struct, frozen=True):
@@ -58,7 +57,7 @@ class Explainer:
         return Explained(
             time=clock() - behind,
             verdict="drop" if dropped else "allow",
-            reason=_reason(event.reason) if dropped else "",
+            reason=reason_text(event.reason) if dropped else "",
             direction=Direction(event.direction).name.lower() if event.direction < 2 else "",
             protocol=PROTOCOLS.get(event.protocol, str(event.protocol)),
             source=self._party(event.source, event.source_port),
@@ -85,6 +84,36 @@ class Explainer:
                 return f"node {node.name}"
         return ""
 
+    def addresses_of(self, pod: str) -> tuple[Addr, ...]:
+        """Of namespace/name: none if no pod with addresses of its own is known by it."""
+        for endpoint in self._projection.placement.local.values():
+            if str(endpoint.pod) == pod:
+                return endpoint.addresses
+        namespace, _, name = pod.partition("/")
+        found: list[Addr] = []
+        for key, encoded in self._encoded.items():
+            # Most are told apart without decoding them.
+            if not key.startswith("address/") or name.encode() not in encoded:
+                continue
+            try:
+                _, item = resources.parse(encoded)
+            except BadResource:
+                continue
+            if isinstance(item, resources.Address) and (item.namespace, item.pod) == (
+                namespace,
+                name,
+            ):
+                found.append(item.address)
+        return tuple(sorted(found))
+
+    def rule_text(self, number: int) -> str:
+        """What a rule's number stands for; empty if nobody knows."""
+        rule = self._projection.rule_numbers.key(number) if number else None
+        if rule is None:
+            return ""
+        direction = "egress" if rule.egress else "ingress"
+        return f"{direction} rule {rule.index} of {verdict.title(rule.namespace, rule.policy)}"
+
     def _party(self, addr: Addr, port: int) -> Party:
         return Party(text(addr), port, self.pod_name(addr))
 
@@ -103,39 +132,23 @@ class Explainer:
 
     def _near_miss(self, event: Event) -> str:
         egress = event.direction == Direction.EGRESS
-        peer = event.destination_class if egress else event.source_class
-        subject = event.source_class if egress else event.destination_class
-        content = self._projection.identity.content(peer)
-        named = self._projection.identity.content(peer if egress else subject).ports
-        for rule in self._projection.policy.rules_of(event.rule_set):
-            by_peer = rule.peers is None or not rule.peers.isdisjoint(content.selectors)
-            by_port = _port_matches(rule, event, {(p.name, p.protocol, p.port) for p in named})
-            label = self._projection.rule_numbers.key(rule.number)
-            if by_peer == by_port or label is None:
-                continue
-            where = f"{'egress' if egress else 'ingress'} rule {rule.index}"
-            name = f"{label.namespace}/{label.policy}"
-            missed = "port" if by_peer else "peer"
-            return f"{where} of {name} matches all but the {missed}"
-        return ""
+        content = self._projection.identity.content
+        ends = (
+            End(text(event.source), content(event.source_class)),
+            End(text(event.destination), content(event.destination_class)),
+        )
+        subject, peer = ends if egress else ends[::-1]
+        question = Question(egress, subject, peer, event.protocol, event.destination_port)
+        known = self._projection.policies()
+        policies = (
+            verdict.of_resource(known[name], self._projection.identity.selector_key)
+            for name in self._projection.policy.policies_of(event.rule_set)
+            if name in known
+        )
+        return next((near.text() for near in verdict.near_misses(policies, question)), "")
 
 
-def _port_matches(rule: PolicyRule, event: Event, named: set[tuple[str, int, int]]) -> bool:
-    if not rule.ports:
-        return True
-    port, protocol = event.destination_port, event.protocol
-    for spec in rule.ports:
-        if spec.name and (spec.name, protocol, port) in named and spec.protocol == protocol:
-            return True
-        for prefix in spec.prefixes:
-            if prefix.protocol == protocol and prefix.port >> (16 - prefix.bits) == port >> (
-                16 - prefix.bits
-            ):
-                return True
-    return False
-
-
-def _reason(number: int) -> str:
+def reason_text(number: int) -> str:
     try:
         return DropReason(number).name.lower().replace("_", "-")
     except ValueError:
