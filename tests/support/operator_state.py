@@ -89,6 +89,8 @@ class View:
         return self.content(class_of(best)) if best is not None else (frozenset(), {})
 
     def allows(self, source: str, target: str, protocol: str, port: int) -> bool:
+        if source == target:
+            return True
         return self._judge(True, source, target, target, protocol, port) and self._judge(
             False, target, source, target, protocol, port
         )

@@ -10,7 +10,7 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, Phase, given, settings
 from support.operator_state import State, View, class_of, key
-from unit.operator.oracle import Cluster
+from support.spec_oracle import Cluster
 
 from weir.api.address import Addr, parse, text
 
