@@ -359,7 +359,8 @@ def because(decision: Decision, question: Question) -> str:
         case Ground.OWN_NODE:
             return "between a pod and its own node NetworkPolicies forbid nothing"
         case Ground.UNKNOWN_PEER:
-            return f"the node does not know yet which pod has {question.peer.name}"
+            by = _and([policy.title for policy in decision.policies])
+            return f"the node does not know yet which pod has {question.peer.name}, as {by} asks"
         case Ground.UNKNOWN_SUBJECT:
             return f"the node does not know yet which policies select {who}"
         case Ground.NO_RULE:
