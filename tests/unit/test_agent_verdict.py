@@ -167,7 +167,7 @@ def test_a_ports_name_is_resolved_at_the_target_of_egress() -> None:
     ("policies", "peer", "allowed", "ground"),
     [
         ([SHUT], party("ns/db", "db", standing=Standing.ITSELF), True, Ground.ITSELF),
-        ([SHUT], party("node", standing=Standing.OWN_NODE), True, Ground.OWN_NODE),
+        ([SHUT], Party("node", own_node=True), True, Ground.OWN_NODE),
         ([], UNKNOWN, True, Ground.NOT_ISOLATED),
         ([OPEN], UNKNOWN, False, Ground.UNKNOWN_PEER),
         ([np("p", rule())], UNKNOWN, True, Ground.RULE),

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from weir.agent import verdict
-from weir.agent.classes import NOTHING
 from weir.agent.judge import class_of
 from weir.agent.tables import Projection
 from weir.agent.verdict import Decision, Party, Policies, Question, Standing
@@ -79,9 +78,9 @@ class Model:
     def _party(self, addr: Addr, name: str) -> Party:
         number = class_of(self._maps, addr)
         if number == ClassNumber.HOST:
-            return Party(name, NOTHING, Standing.OWN_NODE)
+            return Party(name, own_node=True)
         if number == ClassNumber.UNKNOWN:
-            return Party(name, NOTHING, Standing.UNKNOWN)
+            return Party(name, standing=Standing.UNKNOWN)
         return Party(name, self._identity.content(number))
 
     def decide(self, question: Question) -> Decision:

@@ -80,15 +80,17 @@ class Standing(enum.Enum):
 
     ORDINARY = "ordinary"
     UNKNOWN = "unknown"  # a pod's address, or a pod, whose class the node does not know
-    OWN_NODE = "own node"  # of the pod at the other end
     ITSELF = "itself"  # the pod at the other end
 
 
 @dataclass(frozen=True, slots=True)
 class Party:
+    """own_node: of the pod at the other end."""
+
     name: str  # for texts
     content: ClassContent = NOTHING
     standing: Standing = Standing.ORDINARY
+    own_node: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +206,11 @@ def decide(policies: Policies, question: Question) -> Decision:
     subject, peer = question.subject, question.peer
     if peer.standing is Standing.ITSELF:
         return Decision(True, Ground.ITSELF)
-    own_node = peer.standing is Standing.OWN_NODE
-    if own_node and not question.egress:
+    if peer.own_node and not question.egress:
         return Decision(True, Ground.OWN_NODE)
     if subject.standing is Standing.UNKNOWN:
-        return Decision(False, Ground.UNKNOWN_SUBJECT)
+        allowed = peer.own_node
+        return Decision(allowed, Ground.OWN_NODE if allowed else Ground.UNKNOWN_SUBJECT)
     about = tuple(policies.about(subject.content, question.egress))
     admin, isolating, baseline = (
         [policy for policy in about if policy.tier is tier] for tier in ORDER
@@ -219,7 +221,7 @@ def decide(policies: Policies, question: Question) -> Decision:
     if first is not None and first[1].action is not Action.PASS:
         return _decided(about, first, question)
     if isolating:
-        if own_node:
+        if peer.own_node:
             return Decision(True, Ground.OWN_NODE, about)
         first = _first(isolating, question)
         if first is not None:
@@ -230,7 +232,7 @@ def decide(policies: Policies, question: Question) -> Decision:
     first = _first(baseline, question)
     if first is not None and first[1].action is not Action.PASS:
         return _decided(about, first, question)
-    return Decision(True, Ground.OWN_NODE if own_node else Ground.NOT_ISOLATED, about)
+    return Decision(True, Ground.OWN_NODE if peer.own_node else Ground.NOT_ISOLATED, about)
 
 
 def _first(policies: Sequence[Policy], question: Question) -> tuple[Policy, Rule] | None:

@@ -9,6 +9,7 @@ node, so that who asks all agents notices an end that nobody answered for.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import msgspec
 
@@ -193,7 +194,7 @@ class Why:
         placement = self._projection.placement
         at_here, at_there = placement.located(here), placement.located(there)
         if at_here is not None and at_there is not None and at_here.endpoint is at_there.endpoint:
-            peer = Party(peer.name, peer.content, Standing.ITSELF)
+            peer = replace(peer, standing=Standing.ITSELF)
         question = Question(egress, subject, peer, flow.protocol, flow.port)
         decision = model.decide(question)
         return ModelView(

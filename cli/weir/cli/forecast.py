@@ -8,13 +8,13 @@ has all pods: weir.agent.model answers for each.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from weir.agent import verdict
 from weir.agent.model import Model
 from weir.agent.resources import Resource, parse
 from weir.agent.tables import Projection
-from weir.agent.verdict import Decision, Party, Question, Standing
+from weir.agent.verdict import Decision, Question, Standing
 from weir.api.address import Addr, text
 from weir.cli.cluster import Objects
 from weir.operator.compiler import Compiler
@@ -80,9 +80,9 @@ class Cluster:
     def _outcome(self, egress: bool, pod: Pod, here: Addr, there: Addr, flow: Flow) -> Outcome:
         peer = self._model.party(there, self.name(there))
         if self._pods.get(there) is pod:
-            peer = Party(peer.name, peer.content, Standing.ITSELF)
+            peer = replace(peer, standing=Standing.ITSELF)
         elif there in self._nodes.get(pod.node, ()):
-            peer = Party(peer.name, peer.content, Standing.OWN_NODE)
+            peer = replace(peer, own_node=True)
         subject = self._model.party(here, self.name(here))
         question = Question(egress, subject, peer, flow.protocol, flow.port)
         decision: Decision = self._model.decide(question)
