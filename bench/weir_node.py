@@ -28,6 +28,7 @@ from weir.datapath.records import (
     Isolation,
     PolicyKey,
     PolicyLevel,
+    PolicyOrder,
     PolicyVerdict,
     PrefixKey,
     Route,
@@ -113,7 +114,7 @@ class WeirNode:
 
     def allow(self, client: int, server: int, port: int) -> None:
         """One policy on each side: egress to the server, ingress from the client, one port."""
-        allowed = PolicyVerdict(1, Verdict.ALLOW)
+        allowed = PolicyVerdict(1, PolicyOrder.NETWORK_POLICY, Verdict.ALLOW)
         sides = [(egress_rules(client), server), (ingress_rules(server), client)]
         rows = {
             PolicyKey(rules, peer, port, protocol, PolicyLevel.PORT_BITS_MAX): allowed

@@ -36,6 +36,7 @@ from weir.datapath.records import (
     Isolation,
     PolicyKey,
     PolicyLevel,
+    PolicyOrder,
     PolicyVerdict,
     PrefixKey,
     Route,
@@ -53,6 +54,7 @@ PEER_MAC = "02:00:00:00:00:02"
 POD_MACS = {"a": "02:00:00:00:01:0a", "b": "02:00:00:00:01:0b"}
 HOST_MACS = {"a": "02:00:00:00:02:0a", "b": "02:00:00:00:02:0b"}
 CLASS_A, CLASS_B, CLASS_R, CLASS_NODE = 16, 17, 18, 19
+ORDER = PolicyOrder.NETWORK_POLICY
 RULES_A_EGRESS, RULES_B_INGRESS, RULES_A_INGRESS, RULES_B_EGRESS = 101, 102, 103, 104
 
 
@@ -205,7 +207,7 @@ class Node:
               bits: int = PolicyLevel.ANY_PROTOCOL) -> Isolation:  # fmt: skip
         """One row that allows, and the isolation that makes use of it."""
         key = PolicyKey(rule_set, peer, port, proto, bits)
-        self.tables.policy.update({key: PolicyVerdict(rule, Verdict.ALLOW)})
+        self.tables.policy.update({key: PolicyVerdict(rule, ORDER, Verdict.ALLOW)})
         return Isolation(rule_set, 1 << bits)
 
     def forbid(self) -> None:

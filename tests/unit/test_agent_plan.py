@@ -10,8 +10,9 @@ from support.tables import FakeTable
 from weir.agent.apply import apply_group
 from weir.agent.classes import NOTHING, ClassContent, Numbers
 from weir.agent.plan import AnyOp, Op, plan
-from weir.agent.policy import FIRST_RULE_SET, PolicyTables
+from weir.agent.policy import PolicyTables
 from weir.agent.rows import Change
+from weir.agent.rule_sets import FIRST_RULE_SET
 from weir.agent.tables import Delta
 from weir.api.address import Addr, cidr
 from weir.datapath import records

@@ -23,9 +23,9 @@ from support.worlds import (
 )
 
 from weir.agent.plan import Plan, plan
-from weir.agent.policy import DENY_ALL
 from weir.agent.ports import PortPrefix, prefixes
 from weir.agent.resources import NamedPort, PortRange
+from weir.agent.rule_sets import DENY_ALL
 from weir.agent.tables import Projection
 
 PODS = range(1, 6)

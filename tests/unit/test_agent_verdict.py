@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from weir.agent import verdict
 from weir.agent.classes import ClassContent
-from weir.agent.resources import NamedPort, PortRange
+from weir.agent.resources import Action, NamedPort, PortRange, Tier
 from weir.agent.verdict import (
-    Action,
     Decision,
     Ground,
     Party,
@@ -20,7 +19,6 @@ from weir.agent.verdict import (
     Question,
     Rule,
     Standing,
-    Tier,
 )
 
 TCP, UDP, ICMP = 6, 17, 1

@@ -110,7 +110,7 @@ async def test_denied_and_what_is_missing() -> None:
 async def test_maps_that_do_something_else(kernel: str) -> None:
     agent = Agent()
     if kernel == "allows":
-        agent.tables.policy.get = lambda _key: PolicyVerdict(99, 1)
+        agent.tables.policy.get = lambda _key: PolicyVerdict(99, 0x8000, 1)
         found = await agent.one("ns/p3", "ns/p1")
     else:
         agent.tables.policy.get = lambda _key: None

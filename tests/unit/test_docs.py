@@ -18,7 +18,12 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 OPERATIONS = ROOT / "docs" / "operations.md"
 # Where the paths of a page may begin.
 FOLDERS = (ROOT, ROOT / "datapath" / "bpf")
-NO_EVENT = {DropReason.NONE, DropReason.UNSUPPORTED_L2, DropReason.NOT_UNICAST}
+NO_EVENT = {
+    DropReason.NONE,
+    DropReason.UNSUPPORTED_L2,
+    DropReason.NOT_UNICAST,
+    DropReason.AUDIT,
+}
 
 
 @cache

@@ -14,6 +14,8 @@ import msgspec
 
 from weir.agent import resources, verdict
 from weir.agent.errors import BadResource
+from weir.agent.resources import Action
+from weir.agent.rule_sets import describe_policy
 from weir.agent.tables import Projection
 from weir.agent.verdict import PROTOCOLS, Question
 from weir.agent.verdict import Party as End
@@ -30,8 +32,9 @@ class Party(msgspec.Struct, frozen=True):
 
 
 class Explained(msgspec.Struct, frozen=True):
-    """An event for people and for JSON. policies: namespace/name of those that decided, or
-    "BlockList NAME"."""
+    """An event for people and for JSON. verdict: "drop", "allow" or "audit", which is what would
+    have been dropped for the reason. policies: of those that decided namespace/name,
+    "ClusterNetworkPolicy NAME" or "BlockList NAME". rule: the one that denies it, if one does."""
 
     time: float
     verdict: str
@@ -43,6 +46,7 @@ class Explained(msgspec.Struct, frozen=True):
     policies: tuple[str, ...]
     near_miss: str
     bytes: int
+    rule: str = ""
 
 
 class Explainer:
@@ -51,13 +55,13 @@ class Explainer:
         self._encoded = encoded
 
     def explain(self, event: Event, clock: Callable[[], float] = time.time) -> Explained:
-        dropped = event.kind == EventKind.DROP
-        policies, near_miss = self._decided(event)
+        passed = event.kind == EventKind.ALLOW
+        policies, rule, near_miss = self._decided(event)
         behind = (time.monotonic_ns() - event.time_ns) / 1e9
         return Explained(
             time=clock() - behind,
-            verdict="drop" if dropped else "allow",
-            reason=reason_text(event.reason) if dropped else "",
+            verdict=_kind(event.kind),
+            reason=reason_text(event.reason) if not passed else "",
             direction=Direction(event.direction).name.lower() if event.direction < 2 else "",
             protocol=PROTOCOLS.get(event.protocol, str(event.protocol)),
             source=self._party(event.source, event.source_port),
@@ -65,6 +69,7 @@ class Explainer:
             policies=policies,
             near_miss=near_miss,
             bytes=event.length,
+            rule=rule if not passed else "",
         )
 
     def pod_name(self, addr: Addr) -> str:
@@ -109,26 +114,28 @@ class Explainer:
     def rule_text(self, number: int) -> str:
         """What a rule's number stands for; empty if nobody knows."""
         rule = self._projection.rule_numbers.key(number) if number else None
-        if rule is None:
-            return ""
-        direction = "egress" if rule.egress else "ingress"
-        return f"{direction} rule {rule.index} of {verdict.title(rule.namespace, rule.policy)}"
+        return str(rule) if rule is not None else ""
 
     def _party(self, addr: Addr, port: int) -> Party:
         return Party(text(addr), port, self.pod_name(addr))
 
-    def _decided(self, event: Event) -> tuple[tuple[str, ...], str]:
+    def _decided(self, event: Event) -> tuple[tuple[str, ...], str, str]:
+        """Policies, the rule that decided, a near miss."""
         if event.reason == DropReason.BLOCKED:
             lists = self._projection.blocks.names(event.rule)
-            return tuple(f"BlockList {name}" for name in lists), ""
+            return tuple(f"BlockList {name}" for name in lists), "", ""
         if event.rule:
             rule = self._projection.rule_numbers.key(event.rule)
-            return ((f"{rule.namespace}/{rule.policy}",) if rule else ()), ""
-        if not event.rule_set:
-            return (), ""
-        policy = self._projection.policy
-        names = tuple("/".join(name) for name in policy.policies_of(event.rule_set))
-        return names, self._near_miss(event)
+            if rule is None:
+                return (), "", ""
+            return (describe_policy((rule.namespace, rule.policy)),), str(rule), ""
+        if not event.rule_set or event.kind == EventKind.ALLOW:
+            return (), "", ""
+        names = self._projection.policy.policies_of(event.rule_set)
+        if event.reason != DropReason.UNKNOWN_PEER:
+            # No rule denied it: so they did who let nothing through but what a rule allows.
+            names = tuple(name for name in names if name[0]) or names
+        return tuple(map(describe_policy, names)), "", self._near_miss(event)
 
     def _near_miss(self, event: Event) -> str:
         egress = event.direction == Direction.EGRESS
@@ -141,11 +148,12 @@ class Explainer:
         question = Question(egress, subject, peer, event.protocol, event.destination_port)
         known = self._projection.policies()
         policies = (
-            verdict.of_resource(known[name], self._projection.identity.selector_key)
+            verdict.of_resource(known[name], self._projection.identity)
             for name in self._projection.policy.policies_of(event.rule_set)
             if name in known
         )
-        return next((near.text() for near in verdict.near_misses(policies, question)), "")
+        near_misses = verdict.near_misses(policies, question, {Action.ACCEPT})
+        return next((near.text() for near in near_misses), "")
 
 
 def reason_text(number: int) -> str:
@@ -153,3 +161,10 @@ def reason_text(number: int) -> str:
         return DropReason(number).name.lower().replace("_", "-")
     except ValueError:
         return f"reason {number}"
+
+
+def _kind(number: int) -> str:
+    try:
+        return EventKind(number).name.lower()
+    except ValueError:
+        return f"kind {number}"

@@ -8,6 +8,7 @@ Wire numbers mean something only together with the operator instance that sent t
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 from weir.agent import resources
 from weir.agent.classes import NOTHING, ClassContent, Numbers
@@ -58,6 +59,9 @@ class Identity:
     def selector_key(self, number: WireSelector) -> str:
         """An unknown selector is a key of its own that matches nothing but itself."""
         return self._selectors.get(number) or f"?{number}"
+
+    def knows_selectors(self, numbers: Iterable[WireSelector]) -> bool:
+        return all(number in self._selectors for number in numbers)
 
     def resolve(self) -> set[WireClass]:
         """Give numbers to changed wire classes. Returns those whose number changed."""

@@ -41,7 +41,11 @@ def render(families: Iterable[Family]) -> str:
 def datapath_families(counted: Iterable[tuple[MetricKey, Metric]]) -> list[Family]:
     packets: list[Sample] = []
     byte_counts: list[Sample] = []
+    audited: list[Sample] = []
     for key, metric in counted:
+        if key.reason == DropReason.AUDIT:
+            audited.append(({"direction": _direction(key.direction)}, metric.packets))
+            continue
         labels = {"reason": _reason(key.reason), "direction": _direction(key.direction)}
         packets.append((labels, metric.packets))
         byte_counts.append((labels, metric.bytes))
@@ -49,6 +53,12 @@ def datapath_families(counted: Iterable[tuple[MetricKey, Metric]]) -> list[Famil
     return [
         Family("weir_packets_total", "counter", f"Packets {what}", packets),
         Family("weir_bytes_total", "counter", f"Bytes {what}", byte_counts),
+        Family(
+            "weir_policy_audited_total",
+            "counter",
+            "Flows that a policy denies and audit mode let through, whenever judged, by direction.",
+            audited,
+        ),
     ]
 
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from weir.agent import verdict
-from weir.agent.judge import class_of
+from weir.agent.classes import NOTHING
+from weir.agent.judge import CLASS_OF_OWN_NODE, class_of
 from weir.agent.tables import Projection
 from weir.agent.verdict import Decision, Party, Policies, Question, Standing
 from weir.api.address import Addr
@@ -64,8 +65,7 @@ class Model:
         self._identity = projection.identity
         self._maps = DesiredMaps(projection)
         self._policies = Policies(
-            verdict.of_resource(item, self._identity.selector_key)
-            for item in projection.policies().values()
+            verdict.of_resource(item, self._identity) for item in projection.policies().values()
         )
         self._parties: dict[tuple[Addr, str], Party] = {}
 
@@ -77,11 +77,11 @@ class Model:
 
     def _party(self, addr: Addr, name: str) -> Party:
         number = class_of(self._maps, addr)
-        if number == ClassNumber.HOST:
-            return Party(name, own_node=True)
+        own_node = bool(number & CLASS_OF_OWN_NODE)
+        number &= ~CLASS_OF_OWN_NODE
         if number == ClassNumber.UNKNOWN:
-            return Party(name, standing=Standing.UNKNOWN)
-        return Party(name, self._identity.content(number))
+            return Party(name, NOTHING, Standing.UNKNOWN, own_node)
+        return Party(name, self._identity.content(number), own_node=own_node)
 
     def decide(self, question: Question) -> Decision:
         return verdict.decide(self._policies, question)

@@ -8,7 +8,7 @@ import logging
 import msgspec
 
 from weir.agent.classes import ClassContent
-from weir.agent.policy import RuleName, RuleSetKey
+from weir.agent.rule_sets import RuleName, RuleSetKey
 from weir.agent.tables import Projection
 
 logger = logging.getLogger(__name__)

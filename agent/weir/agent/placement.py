@@ -4,16 +4,17 @@
 An address is looked up in this order: a pod wired here, a node's address, a pod elsewhere. A
 local pod's class is that of its labels (`pod` resource) joined with the ipBlocks that contain
 the address; its policy is taken from that class. A local pod whose class is unknown is in the
-rule set that lets nothing through.
+rule set that lets nothing through, in audit mode too. A node's address has the class of the node's
+labels, joined with ipBlocks likewise.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from weir.agent.classes import ClassContent
+from weir.agent.classes import NOTHING, ClassContent
 from weir.agent.identity import (
     CLASS_FIRST,
     CLASS_HOST,
@@ -21,9 +22,10 @@ from weir.agent.identity import (
     CLASS_WORLD,
     Identity,
 )
-from weir.agent.policy import DENY_ALL, PolicyTables, SubjectPolicy
+from weir.agent.policy import PolicyTables, SubjectPolicy
 from weir.agent.resources import WireClass
 from weir.agent.rows import Rows
+from weir.agent.rule_sets import DENY_ALL
 from weir.api.address import Addr, Cidr, cidr
 from weir.cni.endpoint import LocalEndpoint
 from weir.datapath import records
@@ -41,10 +43,29 @@ class Located:
 
     endpoint: LocalEndpoint
     number: int
+    audit: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NodeAddress:
+    """flags: LOCAL_HOST or REMOTE_NODE. wire_class: of the node's labels, None: no selector's."""
+
+    flags: int
+    wire_class: WireClass | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Labels:
+    """What a pod is by its labels and its namespace's annotation."""
+
+    content: ClassContent
+    audit: bool = False
 
 
 class Placement:
-    def __init__(self, identity: Identity, policy: PolicyTables) -> None:
+    """`audit`: for all pods, whatever their own resource says."""
+
+    def __init__(self, identity: Identity, policy: PolicyTables, *, audit: bool = False) -> None:
         self.addresses: Rows[Addr, records.Address] = Rows("addresses")
         self.prefixes: Rows[records.PrefixKey, records.Prefix] = Rows("prefixes")
         self.endpoints: Rows[Addr, records.Endpoint] = Rows("endpoints")
@@ -54,11 +75,12 @@ class Placement:
         self._members: dict[WireClass, set[Addr]] = {}
         self._prefixes: dict[Cidr, WireClass] = {}
         self._lengths: Counter[int] = Counter()
-        self._uids: dict[str, WireClass] = {}
-        self._nodes: Mapping[Addr, int] = {}
+        self._audit = audit
+        self._uids: dict[str, tuple[WireClass, bool]] = {}
+        self._nodes: Mapping[Addr, NodeAddress] = {}
         self._node_numbers: dict[Addr, int] = {}
         self._local: dict[str, LocalEndpoint] = {}
-        self._last: dict[str, ClassContent] = {}
+        self._last: dict[str, _Labels] = {}
         self._located: dict[Addr, Located] = {}
         self._dirty: set[Addr] = set()
         self._dirty_prefixes: set[Cidr] = set()
@@ -88,15 +110,15 @@ class Placement:
         self._dirty_prefixes.add(prefix)
         self._dirty_local = self._dirty_nodes = True
 
-    def set_pod(self, uid: str, wire: WireClass | None) -> None:
+    def set_pod(self, uid: str, wire: WireClass | None, *, audit: bool = False) -> None:
         if wire is None:
             self._uids.pop(uid, None)
         else:
-            self._uids[uid] = wire
+            self._uids[uid] = (wire, audit)
         self._dirty_local = True
 
-    def set_nodes(self, nodes: Mapping[Addr, int]) -> None:
-        """Every node's own addresses with their flags."""
+    def set_nodes(self, nodes: Mapping[Addr, NodeAddress]) -> None:
+        """Every node's own addresses."""
         if nodes != self._nodes:
             self._nodes = nodes
             self._dirty_nodes = True
@@ -125,8 +147,8 @@ class Placement:
         return self._local
 
     def has_identity(self, uid: str) -> bool:
-        wire = self._uids.get(uid)
-        return wire is not None and self._identity.known(wire)
+        known = self._uids.get(uid)
+        return known is not None and self._identity.known(known[0])
 
     def located(self, addr: Addr) -> Located | None:
         return self._located.get(addr)
@@ -159,7 +181,7 @@ class Placement:
         wanted: dict[Addr, Located] = {}
         for endpoint in self._local.values():
             for addr in endpoint.addresses:
-                wanted[addr] = Located(endpoint, self._pod_number(endpoint, addr))
+                wanted[addr] = self._pod(endpoint, addr)
         old, self._located = self._located, wanted
         for addr in old.keys() | wanted.keys():
             if old.get(addr) != wanted.get(addr):
@@ -170,43 +192,48 @@ class Placement:
             {item.number for item in wanted.values() if item.number >= CLASS_FIRST}
         )
 
-    def _pod_number(self, endpoint: LocalEndpoint, addr: Addr) -> int:
-        """One use of a number, given back when the endpoint is located anew."""
+    def _pod(self, endpoint: LocalEndpoint, addr: Addr) -> Located:
+        """With one use of a number, given back when the endpoint is located anew."""
         if not endpoint.pod.uid:
-            return CLASS_WORLD
-        base = self._base(endpoint, addr)
-        if base is None:
-            return CLASS_UNKNOWN
-        return self._identity.use(base | self._identity.content(self._prefix_number(addr)))
+            return Located(endpoint, CLASS_WORLD)
+        labels = self._labels(endpoint, addr)
+        if labels is None:
+            return Located(endpoint, CLASS_UNKNOWN)
+        content = labels.content | self._identity.content(self._prefix_number(addr))
+        return Located(endpoint, self._identity.use(content), labels.audit or self._audit)
 
-    def _base(self, endpoint: LocalEndpoint, addr: Addr) -> ClassContent | None:
-        """What the pod's labels make it. A pod that is gone from the API but still runs keeps
-        what it was."""
-        wire = self._uids.get(endpoint.pod.uid)
-        if wire is not None and self._identity.known(wire):
-            base = self._identity.content(self._identity.number(wire))
-            self._last[endpoint.container_id] = base
-            return base
+    def _labels(self, endpoint: LocalEndpoint, addr: Addr) -> _Labels | None:
+        """A pod that is gone from the API but still runs keeps what it was."""
+        known = self._uids.get(endpoint.pod.uid)
+        if known is not None and self._identity.known(known[0]):
+            content = self._identity.content(self._identity.number(known[0]))
+            labels = self._last[endpoint.container_id] = _Labels(content, known[1])
+            return labels
         last = self._last.get(endpoint.container_id)
         wire = self._pods.get(addr)
         if last is None and wire is not None and self._identity.known(wire):
-            return self._identity.content(self._identity.number(wire))
+            return _Labels(self._identity.content(self._identity.number(wire)))
         return last
 
     def _locate_nodes(self) -> None:
         numbers: dict[Addr, int] = {}
-        for addr, flags in self._nodes.items():
-            if flags & LOCAL_HOST:
-                numbers[addr] = CLASS_HOST
-                continue
-            number = self._prefix_number(addr)
-            if number >= CLASS_FIRST:
-                number = self._identity.use(self._identity.content(number))
-            numbers[addr] = number
+        for addr, node in self._nodes.items():
+            numbers[addr] = self._node_number(addr, node)
         old, self._node_numbers = self._node_numbers, numbers
         for number in old.values():
             self._identity.unuse(number)
         self._dirty |= old.keys() | numbers.keys()
+
+    def _node_number(self, addr: Addr, node: NodeAddress) -> int:
+        """One use of a number, as `_pod` has it. Of no selector and no ipBlock: a fixed one."""
+        content = self._identity.content(self._prefix_number(addr))
+        if node.wire_class is not None:
+            if not self._identity.known(node.wire_class):
+                return CLASS_UNKNOWN
+            content |= self._identity.content(self._identity.number(node.wire_class))
+        if content == NOTHING:
+            return CLASS_HOST if node.flags & LOCAL_HOST else CLASS_WORLD
+        return self._identity.use(content)
 
     def _prefix_number(self, addr: Addr) -> int:
         """The class of the longest ipBlock prefix that contains an address."""
@@ -227,7 +254,7 @@ class Placement:
         if located is not None:
             return self._row(located.number, 0)
         if addr in self._nodes:
-            return self._row(self._node_numbers[addr], self._nodes[addr])
+            return self._row(self._node_numbers[addr], self._nodes[addr].flags)
         wire = self._pods.get(addr)
         return self._row(self._identity.number(wire), 0) if wire is not None else None
 
@@ -245,6 +272,8 @@ class Placement:
             policy = NO_POLICY
         else:
             policy = self._policy.isolation(number)
+            if located.audit:
+                policy = SubjectPolicy(_audited(policy.egress), _audited(policy.ingress))
         return records.Endpoint(
             endpoint.ifindex,
             number,
@@ -253,3 +282,9 @@ class Placement:
             endpoint.mac,
             endpoint.host_mac,
         )
+
+
+def _audited(isolation: records.Isolation) -> records.Isolation:
+    if not isolation.rule_set:
+        return isolation
+    return replace(isolation, levels=isolation.levels | records.IsolationFlag.AUDIT)

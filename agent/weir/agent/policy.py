@@ -1,93 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Policy rows: policies joined with the classes of their peers, for local subjects only.
 
-A **rule set** is one direction's rules of the policies that isolate a subject, shared by all
-local classes that the same policies isolate (and whose named ports agree where rules use
-them). Its rows are a union over (rule, peer class): rows for one (rule set, class) depend on
-nothing else, so a class that comes or goes touches its own rows only.
+A rule set (weir.agent.rule_sets) is shared by all local classes that the same policies select (and
+whose named ports agree where rules use them). Its rows for one peer class depend on nothing else,
+so a class that comes or goes touches its own rows only.
 
 Classes arrive and leave by number (weir.agent.classes); a number's content never changes.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from weir.agent.classes import ClassContent, Numbers
-from weir.agent.ports import EVERYTHING, PortPrefix, prefixes
-from weir.agent.resources import NamedPort
 from weir.agent.rows import Rows
+from weir.agent.rule_sets import (
+    CLASS_ANY,
+    PolicyContent,
+    PolicyName,
+    RuleSet,
+    RuleSetKey,
+    Stage,
+)
 from weir.datapath import records
-
-CLASS_ANY = 0
-VERDICT_ALLOW = 1
-# Rule set 1 has no rows and no levels: whoever is in it gets nothing through.
-DENY_ALL = 1
-FIRST_RULE_SET = 2
-
-PolicyName = tuple[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class PortSpec:
-    """Port prefixes, or the name of a port that the destination's class resolves."""
-
-    prefixes: tuple[PortPrefix, ...] = ()
-    name: str = ""
-    protocol: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyRule:
-    number: int
-    index: int
-    peers: frozenset[str] | None  # selector keys; None: every peer
-    ports: tuple[PortSpec, ...]  # empty: everything
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyContent:
-    """A policy with selectors by key; None: does not isolate in that direction."""
-
-    subject: str
-    ingress: tuple[PolicyRule, ...] | None
-    egress: tuple[PolicyRule, ...] | None
-
-    def rules(self, egress: bool) -> tuple[PolicyRule, ...] | None:
-        return self.egress if egress else self.ingress
-
-
-@dataclass(frozen=True, slots=True)
-class RuleName:
-    """What a rule number in an event stands for."""
-
-    namespace: str
-    policy: str
-    egress: bool
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class RuleSetKey:
-    """A policy that gets other subjects counts as another one: when its rules change with them,
-    no subject may be in a rule set that has old and new ones."""
-
-    egress: bool
-    policies: tuple[PolicyName, ...]
-    ports: frozenset[NamedPort]  # the subject's, where an ingress rule names a port
-    subjects: tuple[str, ...] = ()  # of the policies, in their order
-
-
-@dataclass(slots=True)
-class RuleSet:
-    number: int
-    key: RuleSetKey
-    subjects: set[int] = field(default_factory=set)
-    rules: list[PolicyRule] = field(default_factory=list)
-    levels: int = 0
-    selectors: set[str] = field(default_factory=set)
-    keys: dict[int, tuple[records.PolicyKey, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +40,7 @@ class PolicyTables:
         self.rows: Rows[records.PolicyKey, records.PolicyVerdict] = Rows("policy")
         self._numbers = numbers
         self._policies: dict[PolicyName, PolicyContent] = {}
+        self._digests: dict[tuple[PolicyName, bool], str] = {}
         self._by_subject: dict[str, set[PolicyName]] = {}
         self._classes: dict[int, ClassContent] = {}
         self._members: dict[str, set[int]] = {}
@@ -129,6 +67,8 @@ class PolicyTables:
         old = self._policies.pop(name, None)
         if old is None:
             return
+        for egress in (True, False):
+            self._digests.pop((name, egress), None)
         self._by_subject[old.subject].discard(name)
         if not self._by_subject[old.subject]:
             del self._by_subject[old.subject]
@@ -200,7 +140,10 @@ class PolicyTables:
 
     def isolation(self, subject: int) -> SubjectPolicy:
         egress, ingress = self._subjects.get(subject, (None, None))
-        return SubjectPolicy(_isolation(egress), _isolation(ingress))
+        return SubjectPolicy(
+            egress.isolation if egress else records.Isolation(),
+            ingress.isolation if ingress else records.Isolation(),
+        )
 
     def rows_of_peer(self, peer: int) -> Iterator[tuple[records.PolicyKey, records.PolicyVerdict]]:
         """Desired rows for one peer class, of all rule sets."""
@@ -212,9 +155,8 @@ class PolicyTables:
         known = self._by_number.get(rule_set)
         return known.key.policies if known is not None else ()
 
-    def rules_of(self, rule_set: int) -> list[PolicyRule]:
-        known = self._by_number.get(rule_set)
-        return known.rules if known is not None else []
+    def rule_set(self, number: int) -> RuleSet | None:
+        return self._by_number.get(number)
 
     def subjects(self) -> dict[int, tuple[tuple[PolicyName, ...], tuple[PolicyName, ...]]]:
         return {
@@ -233,20 +175,22 @@ class PolicyTables:
 
     def _join(self, subject: int, egress: bool) -> RuleSet | None:
         content = self._classes[subject]
-        names: list[PolicyName] = []
-        uses_port_names = False
-        for selector in content.selectors:
-            for name in self._by_subject.get(selector, ()):
-                rules = self._policies[name].rules(egress)
-                if rules is not None:
-                    names.append(name)
-                    uses_port_names |= any(spec.name for rule in rules for spec in rule.ports)
+        names = self._deciding(content, egress)
         if not names:
             return None
-        ports = content.ports if uses_port_names and not egress else frozenset()
-        names.sort()
-        subjects = tuple(self._policies[name].subject for name in names)
-        key = RuleSetKey(egress, tuple(names), ports, subjects)
+        uses_port_names = not egress and any(
+            spec.name
+            for name in names
+            for rule in self._policies[name].rules(egress) or ()
+            for spec in rule.ports
+        )
+        key = RuleSetKey(
+            egress,
+            tuple(names),
+            content.ports if uses_port_names else frozenset(),
+            tuple(self._policies[name].subject for name in names),
+            self._digest(names, egress),
+        )
         rule_set = self._rule_sets.get(key)
         if rule_set is None:
             rule_set = RuleSet(self._numbers.acquire(key), key)
@@ -255,6 +199,32 @@ class PolicyTables:
             self._rebuild(rule_set)
         rule_set.subjects.add(subject)
         return rule_set
+
+    def _deciding(self, subject: ClassContent, egress: bool) -> list[PolicyName]:
+        """Policies with a say about a subject, in order of their names. Where a NetworkPolicy
+        isolates it, no Baseline tier is reached."""
+        names = [
+            name
+            for selector in subject.selectors
+            for name in self._by_subject.get(selector, ())
+            if self._policies[name].rules(egress) is not None
+        ]
+        stages = {self._policies[name].stage for name in names}
+        if stages >= {Stage.NETWORK_POLICY, Stage.BASELINE}:
+            names = [name for name in names if self._policies[name].stage != Stage.BASELINE]
+        return sorted(names)
+
+    def _digest(self, names: list[PolicyName], egress: bool) -> str:
+        """Of an ordered set's rules; of others none."""
+        if all(self._policies[name].stage == Stage.NETWORK_POLICY for name in names):
+            return ""
+        whole = hashlib.blake2b(digest_size=12)
+        for name in names:
+            one = self._digests.get((name, egress))
+            if one is None:
+                one = self._digests[name, egress] = self._policies[name].digest(egress)
+            whole.update(one.encode() + b"\0")
+        return whole.hexdigest()
 
     def _leave(self, rule_set: RuleSet | None, subject: int) -> None:
         if rule_set is None:
@@ -279,18 +249,13 @@ class PolicyTables:
         rule_set.selectors = selectors
 
     def _rebuild(self, rule_set: RuleSet) -> None:
-        rule_set.rules = [
-            rule
-            for name in rule_set.key.policies
-            if name in self._policies
-            for rule in self._policies[name].rules(rule_set.key.egress) or ()
-        ]
-        rule_set.levels = _levels(rule_set.rules)
+        policies = self._policies
+        rule_set.set_rules((n, policies[n]) for n in rule_set.key.policies if n in policies)
         self._index(rule_set, {key for rule in rule_set.rules for key in rule.peers or ()})
         peers = set(rule_set.keys)
         for selector in rule_set.selectors:
             peers |= self._members.get(selector, set())
-        if _names_every_peers_port(rule_set):
+        if rule_set.names_every_peers_port:
             peers |= self._with_port
         for peer in peers - {CLASS_ANY}:
             self._refresh(rule_set, peer, self._classes.get(peer))
@@ -304,11 +269,11 @@ class PolicyTables:
             yield self._by_number[number]
         if content.ports:
             for rule_set in self._rule_sets.values():
-                if rule_set.number not in numbers and _names_every_peers_port(rule_set):
+                if rule_set.number not in numbers and rule_set.names_every_peers_port:
                     yield rule_set
 
     def _refresh(self, rule_set: RuleSet, peer: int, content: ClassContent | None) -> None:
-        rows = dict(_rows(rule_set, peer, content))
+        rows = dict(rule_set.rows(peer, content))
         old = rule_set.keys.get(peer, ())
         for key in old:
             if key not in rows:
@@ -323,72 +288,3 @@ class PolicyTables:
     def _clear(self, rule_set: RuleSet, peer: int) -> None:
         for key in rule_set.keys.pop(peer, ()):
             self.rows.drop(key)
-
-
-def _rows(
-    rule_set: RuleSet, peer: int, content: ClassContent | None
-) -> Iterator[tuple[records.PolicyKey, records.PolicyVerdict]]:
-    """Rows of one rule set for one peer class. On a tie the first rule is named."""
-    egress = rule_set.key.egress
-    seen: set[PortPrefix] = set()
-    for rule in rule_set.rules:
-        if rule.peers is None:
-            if content is not None and not (egress and any(spec.name for spec in rule.ports)):
-                continue
-        elif content is None or rule.peers.isdisjoint(content.selectors):
-            continue
-        named = rule_set.key.ports if not egress else content.ports if content else frozenset()
-        only_named = rule.peers is None and content is not None
-        for match in _matches(rule, named, only_named):
-            if match not in seen:
-                seen.add(match)
-                key = records.PolicyKey(
-                    rule_set.number, peer, match.port, match.protocol, match.bits
-                )
-                yield key, records.PolicyVerdict(rule.number, VERDICT_ALLOW)
-
-
-def _matches(
-    rule: PolicyRule, named: frozenset[NamedPort], only_named: bool
-) -> Iterator[PortPrefix]:
-    if not rule.ports:
-        yield EVERYTHING
-    for spec in rule.ports:
-        if spec.name:
-            for port in named:
-                if port.name == spec.name and port.protocol == spec.protocol:
-                    yield PortPrefix(port.protocol, port.port, 16)
-        elif not only_named:
-            yield from spec.prefixes
-
-
-def _names_every_peers_port(rule_set: RuleSet) -> bool:
-    """An egress rule for every peer that names a port: each class resolves it itself."""
-    return rule_set.key.egress and any(
-        rule.peers is None and any(spec.name for spec in rule.ports) for rule in rule_set.rules
-    )
-
-
-def _levels(rules: Iterable[PolicyRule]) -> int:
-    levels = 0
-    for rule in rules:
-        if not rule.ports:
-            levels |= 1 << EVERYTHING.bits
-        for spec in rule.ports:
-            if spec.name:
-                levels |= 1 << 16
-            for prefix in spec.prefixes:
-                levels |= 1 << prefix.bits
-    return levels
-
-
-def _isolation(rule_set: RuleSet | None) -> records.Isolation:
-    if rule_set is None:
-        return records.Isolation(0, 0)
-    return records.Isolation(rule_set.number, rule_set.levels)
-
-
-def port_spec(protocol: int, first: int, last: int, name: str) -> PortSpec:
-    if name:
-        return PortSpec((), name, protocol)
-    return PortSpec(tuple(prefixes(protocol, first, last)))

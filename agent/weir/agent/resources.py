@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import lru_cache
 from typing import NewType
 
@@ -106,6 +107,7 @@ class Node:
     pod_cidrs: tuple[Cidr, ...]
     zone: str = ""
     leaving: bool = False
+    wire_class: WireClass | None = None  # of its labels alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,18 @@ class PortRange:
     name: str
 
 
+class Tier(IntEnum):
+    NETWORK_POLICY = 0
+    ADMIN = 1
+    BASELINE = 2
+
+
+class Action(IntEnum):
+    ACCEPT = 0
+    DENY = 1
+    PASS = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     egress: bool
@@ -143,16 +157,21 @@ class Rule:
     any_peer: bool
     peers: tuple[WireSelector, ...]
     ports: tuple[PortRange, ...]
+    action: Action = Action.ACCEPT
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
+    """namespace: empty for a ClusterNetworkPolicy."""
+
     namespace: str
     name: str
     subject: WireSelector
     ingress: bool
     egress: bool
     rules: tuple[Rule, ...]
+    tier: Tier = Tier.NETWORK_POLICY
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,11 +200,14 @@ class HostPort:
 
 @dataclass(frozen=True, slots=True)
 class Pod:
+    """audit: what policies deny it is reported and let through."""
+
     namespace: str
     name: str
     uid: str
     wire_class: WireClass
     host_ports: tuple[HostPort, ...] = ()
+    audit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,9 +271,12 @@ def parse(encoded: bytes) -> tuple[str, Resource]:
 def expected_name(item: Resource, name: str) -> str:
     """What a resource must be called, so that its removal by name finds it."""
     match item:
-        case Service() | Policy():
-            kind = "service" if isinstance(item, Service) else "policy"
-            return f"{kind}/{item.namespace}/{item.name}"
+        case Service():
+            return f"service/{item.namespace}/{item.name}"
+        case Policy():
+            if item.tier == Tier.NETWORK_POLICY:
+                return f"policy/{item.namespace}/{item.name}"
+            return f"cluster-policy/{item.name}" if not item.namespace else ""
         case Node():
             return f"node/{item.name}"
         case Selector():
@@ -279,9 +304,7 @@ def _parse(kind: str, message: weir_pb2.Resource) -> Resource:
         case "slice":
             return _slice(message.slice)
         case "node":
-            node = message.node
-            addresses, pod_cidrs = _addrs(node.addresses), tuple(map(_cidr, node.pod_cidrs))
-            return Node(node.name, addresses, pod_cidrs, node.zone, node.leaving)
+            return _node(message.node)
         case "selector":
             return Selector(WireSelector(message.selector.number), message.selector.key)
         case "class":
@@ -307,6 +330,7 @@ def _parse(kind: str, message: weir_pb2.Resource) -> Resource:
                 pod.uid,
                 WireClass(getattr(pod, "class")),
                 tuple(map(_host_port, pod.host_ports)),
+                pod.audit,
             )
 
 
@@ -322,6 +346,18 @@ def _addrs(raws: object) -> tuple[Addr, ...]:
 
 def _cidr(message: weir_pb2.Cidr) -> Cidr:
     return Cidr(_addr(message.address), message.bits)
+
+
+def _node(message: weir_pb2.Node) -> Node:
+    number = getattr(message, "class")
+    return Node(
+        message.name,
+        _addrs(message.addresses),
+        tuple(map(_cidr, message.pod_cidrs)),
+        message.zone,
+        message.leaving,
+        WireClass(number) if number else None,
+    )
 
 
 def _port(port: int, protocol: int) -> int:
@@ -431,15 +467,26 @@ def _range(message: weir_pb2.PortRange) -> PortRange:
 
 
 def _policy(message: weir_pb2.Policy) -> Policy:
-    rules = tuple(
-        Rule(
-            rule.egress,
-            rule.index,
-            rule.any_peer,
-            tuple(WireSelector(number) for number in rule.peers),
-            tuple(map(_range, rule.ports)),
-        )
-        for rule in message.rules
+    tier = Tier(message.tier)
+    return Policy(
+        message.namespace,
+        message.name,
+        WireSelector(message.subject),
+        message.ingress,
+        message.egress,
+        tuple(_rule(rule, tier) for rule in message.rules),
+        tier,
+        message.priority,
     )
-    subject = WireSelector(message.subject)
-    return Policy(message.namespace, message.name, subject, message.ingress, message.egress, rules)
+
+
+def _rule(message: weir_pb2.Rule, tier: Tier) -> Rule:
+    """An action of a later operator's is none that would let something through."""
+    ranges = tuple(map(_range, message.ports))
+    peers = tuple(WireSelector(number) for number in message.peers)
+    if message.action not in {int(action) for action in Action}:
+        return Rule(message.egress, message.index, True, (), (), Action.DENY)
+    action = Action(message.action)
+    if tier == Tier.NETWORK_POLICY and action != Action.ACCEPT:
+        raise ValueError(f"a NetworkPolicy's rule with action {action.name}")
+    return Rule(message.egress, message.index, message.any_peer, peers, ranges, action)

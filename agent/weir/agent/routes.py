@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from weir.agent.placement import LOCAL_HOST, REMOTE_NODE
+from weir.agent.placement import LOCAL_HOST, REMOTE_NODE, NodeAddress
 from weir.agent.resources import Node
 from weir.agent.rows import Rows
 from weir.api.address import Addr, Cidr, is_ipv4
@@ -81,22 +81,24 @@ class RouteTables:
     def nodes(self) -> Mapping[str, Node]:
         return self._nodes
 
-    def project(self) -> Mapping[Addr, int] | None:
-        """Rows and host routes. Returns all node addresses with flags, None if nothing changed."""
+    def project(self) -> Mapping[Addr, NodeAddress] | None:
+        """Rows and host routes. Returns all nodes' addresses, None if nothing changed."""
         if not self._dirty:
             return None
         self._dirty = False
         wanted: dict[records.PrefixKey, records.Route] = {}
         host_routes: set[HostRoute] = set()
-        flags: dict[Addr, int] = {}
+        found: dict[Addr, NodeAddress] = {}
         for node in self._nodes.values():
             if node.name != self._facts.node:
-                self._remote(node, wanted, host_routes, flags)
+                self._remote(node, wanted, host_routes, found)
         own = self.own_node
         for pod_cidr in own.pod_cidrs if own else ():
             _add(wanted, pod_cidr, POD_CIDR | LOCAL, NOWHERE)
-        for addr in (*self._facts.local, *self._facts.addresses, *(own.addresses if own else ())):
-            flags[addr] = LOCAL_HOST
+        for addr in (*self._facts.local, *self._facts.addresses):
+            found[addr] = NodeAddress(LOCAL_HOST)
+        for addr in own.addresses if own else ():
+            found[addr] = NodeAddress(LOCAL_HOST, own.wire_class if own else None)
         for prefix in self._facts.no_masquerade:
             _add(wanted, prefix, NO_MASQUERADE, NOWHERE)
         for key in [key for key in self.rows.rows if key not in wanted]:
@@ -104,21 +106,21 @@ class RouteTables:
         for key, row in wanted.items():
             self.rows.put(key, row)
         self.host_routes = frozenset(host_routes)
-        return flags
+        return found
 
     def _remote(
         self,
         node: Node,
         wanted: dict[records.PrefixKey, records.Route],
         host_routes: set[HostRoute],
-        flags: dict[Addr, int],
+        found: dict[Addr, NodeAddress],
     ) -> None:
         own = self._facts.addresses
         underlay = next((a for a in node.addresses if own and is_ipv4(a) == is_ipv4(own[0])), None)
         tunnel = TUNNEL if self._facts.tunnel and underlay is not None else 0
         target = underlay if tunnel and underlay is not None else NOWHERE
         for addr in node.addresses:
-            flags[addr] = REMOTE_NODE
+            found[addr] = NodeAddress(REMOTE_NODE, node.wire_class)
             extra = tunnel or NO_MASQUERADE
             _add(wanted, Cidr(addr, 128), extra, target)
         for pod_cidr in node.pod_cidrs:

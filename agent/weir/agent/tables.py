@@ -19,19 +19,21 @@ from weir.agent.frontends import ALL_ADDRESSES, NodePortRule, ServiceFacts, node
 from weir.agent.identity import CLASS_FIRST, Identity
 from weir.agent.netns import NetnsTable
 from weir.agent.placement import Placement
-from weir.agent.policy import (
+from weir.agent.policy import PolicyTables
+from weir.agent.resources import Action, Resource, WireClass, WireSelector
+from weir.agent.routes import HostRoute, RouteFacts, RouteTables
+from weir.agent.rows import Change, RowsLike
+from weir.agent.rule_sets import (
     FIRST_RULE_SET,
+    STAGES,
     PolicyContent,
     PolicyName,
     PolicyRule,
-    PolicyTables,
     RuleName,
     RuleSetKey,
+    describe_policy,
     port_spec,
 )
-from weir.agent.resources import Resource, WireClass, WireSelector
-from weir.agent.routes import HostRoute, RouteFacts, RouteTables
-from weir.agent.rows import Change, RowsLike
 from weir.agent.services import HOST_PORTS, ServiceName, ServiceTables, describe
 from weir.agent.topology import Place
 from weir.agent.wanted import Exposed
@@ -47,6 +49,13 @@ class ServiceSettings:
     node_ports: NodePortRule = ALL_ADDRESSES
     maglev_table_size: int = 0
     dsr: bool = False
+
+
+VERDICTS = {
+    Action.ACCEPT: records.Verdict.ALLOW,
+    Action.DENY: records.Verdict.DENY,
+    Action.PASS: records.Verdict.PASS,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +80,16 @@ class Delta:
 
 
 class Projection:
-    def __init__(self, settings: ServiceSettings | None = None) -> None:
+    """`audit`: no policy drops anything on this node."""
+
+    def __init__(self, settings: ServiceSettings | None = None, *, audit: bool = False) -> None:
         self._settings = settings or ServiceSettings()
         self.rule_numbers: Numbers[RuleName] = Numbers(1)
         self.rule_set_numbers: Numbers[RuleSetKey] = Numbers(FIRST_RULE_SET)
         self.class_numbers: Numbers[ClassContent] = Numbers(CLASS_FIRST)
         self.policy = PolicyTables(self.rule_set_numbers)
         self.identity = Identity(self.class_numbers, self.policy)
-        self.placement = Placement(self.identity, self.policy)
+        self.placement = Placement(self.identity, self.policy, audit=audit)
         self.services = ServiceTables()
         self.netns = NetnsTable()
         self.routes = RouteTables()
@@ -195,7 +206,7 @@ class Projection:
                 return f"announced address {text(key)}"
             case "policy":
                 names = self.policy.policies_of(key.rule_set)
-                return "policy " + ", ".join("/".join(name) for name in names)
+                return "policy " + ", ".join(map(describe_policy, names))
             case "endpoints":
                 located = self.placement.located(key)
                 return f"pod {located.endpoint.pod}" if located else f"address {text(key)}"
@@ -239,7 +250,7 @@ class Projection:
             case resources.Prefix():
                 self.placement.set_prefix(item.cidr, item.wire_class)
             case resources.Pod():
-                self.placement.set_pod(item.uid, item.wire_class)
+                self.placement.set_pod(item.uid, item.wire_class, audit=item.audit)
                 self._set_host_ports(item.uid, item)
             case resources.Blocked():
                 self.blocks.set_list(item.name, item.cidrs)
@@ -263,6 +274,8 @@ class Projection:
                 self.identity.set_class(WireClass(int(rest)), None)
             case "policy":
                 self._set_policy((first, second), None)
+            case "cluster-policy":
+                self._set_policy(("", rest), None)
             case "address":
                 self.placement.set_pod_address(Addr(bytes.fromhex(rest)), None)
             case "prefix":
@@ -338,15 +351,23 @@ class Projection:
                 label = RuleName(item.namespace, item.name, egress, rule.index)
                 number = self.rule_numbers.acquire(label)
                 numbers.append(number)
-                peers = frozenset(self.identity.selector_key(peer) for peer in rule.peers)
-                ports = tuple(port_spec(p.protocol, p.first, p.last, p.name) for p in rule.ports)
-                result.append(
-                    PolicyRule(number, rule.index, None if rule.any_peer else peers, ports)
-                )
+                result.append(self._rule(number, rule))
             return tuple(result)
 
         return PolicyContent(
             subject=self.identity.selector_key(item.subject),
             ingress=rules(False) if item.ingress else None,
             egress=rules(True) if item.egress else None,
+            stage=STAGES[item.tier],
+            priority=item.priority,
         )
+
+    def _rule(self, number: int, rule: resources.Rule) -> PolicyRule:
+        """A peer that is not known is nobody. Where nobody would mean that more passes, the rule
+        denies everything."""
+        if rule.action != Action.ACCEPT and not self.identity.knows_selectors(rule.peers):
+            return PolicyRule(number, rule.index, None, (), records.Verdict.DENY)
+        peers = frozenset(self.identity.selector_key(peer) for peer in rule.peers)
+        ports = tuple(port_spec(p.protocol, p.first, p.last, p.name) for p in rule.ports)
+        verdict = VERDICTS[rule.action]
+        return PolicyRule(number, rule.index, None if rule.any_peer else peers, ports, verdict)

@@ -12,35 +12,18 @@ all but the peer: most often that is the mistake.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from weir.agent import resources
 from weir.agent.classes import NOTHING, ClassContent
-from weir.agent.resources import PortRange, WireSelector
+from weir.agent.identity import Identity
+from weir.agent.resources import Action, PortRange, Tier
+from weir.agent.rule_sets import STAGES, describe_policy
 
 PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
 NEAR_MISSES = 5
 SHOWN = 3
-
-
-class Tier(enum.IntEnum):
-    """As on the wire."""
-
-    NETWORK_POLICY = 0
-    ADMIN = 1
-    BASELINE = 2
-
-
-class Action(enum.IntEnum):
-    """As on the wire. A NetworkPolicy's rules accept."""
-
-    ACCEPT = 0
-    DENY = 1
-    PASS = 2
-
-
-ORDER = {Tier.ADMIN: 0, Tier.NETWORK_POLICY: 1, Tier.BASELINE: 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +51,11 @@ class Policy:
 
     @property
     def order(self) -> tuple[int, int, str, str]:
-        return (ORDER[self.tier], self.priority, self.namespace, self.name)
+        return (STAGES[self.tier], self.priority, self.namespace, self.name)
 
     @property
     def title(self) -> str:
-        return title(self.namespace, self.name)
+        return describe_policy((self.namespace, self.name))
 
 
 class Standing(enum.Enum):
@@ -153,11 +136,6 @@ class Decision:
     near_misses: tuple[Near, ...] = ()
 
 
-def title(namespace: str, name: str) -> str:
-    """What people know a policy by."""
-    return f"{namespace}/{name}" if namespace else f"ClusterNetworkPolicy {name}"
-
-
 def tier_text(tier: Tier) -> str:
     return tier.name.lower().replace("_", "-")
 
@@ -181,25 +159,28 @@ class Policies:
         return sorted(found, key=lambda policy: policy.order)
 
 
-def of_resource(item: resources.Policy, key_of: Callable[[WireSelector], str]) -> Policy:
-    def rules(egress: bool) -> tuple[Rule, ...]:
-        return tuple(
-            Rule(
-                rule.index,
-                None if rule.any_peer else frozenset(map(key_of, rule.peers)),
-                rule.ports,
-            )
-            for rule in item.rules
-            if rule.egress == egress
-        )
-
+def of_resource(item: resources.Policy, identity: Identity) -> Policy:
     return Policy(
         item.namespace,
         item.name,
-        key_of(item.subject),
-        rules(True) if item.egress else None,
-        rules(False) if item.ingress else None,
+        identity.selector_key(item.subject),
+        tuple(_rules(item, identity, True)) if item.egress else None,
+        tuple(_rules(item, identity, False)) if item.ingress else None,
+        item.tier,
+        item.priority,
     )
+
+
+def _rules(item: resources.Policy, identity: Identity, egress: bool) -> Iterator[Rule]:
+    for rule in item.rules:
+        if rule.egress != egress:
+            continue
+        if rule.action != Action.ACCEPT and not identity.knows_selectors(rule.peers):
+            # Whom it is about is not known: it may not be fewer than were meant.
+            yield Rule(rule.index, None, (), Action.DENY)
+            continue
+        peers = None if rule.any_peer else frozenset(map(identity.selector_key, rule.peers))
+        yield Rule(rule.index, peers, rule.ports, rule.action)
 
 
 def decide(policies: Policies, question: Question) -> Decision:
@@ -213,7 +194,8 @@ def decide(policies: Policies, question: Question) -> Decision:
         return Decision(allowed, Ground.OWN_NODE if allowed else Ground.UNKNOWN_SUBJECT)
     about = tuple(policies.about(subject.content, question.egress))
     admin, isolating, baseline = (
-        [policy for policy in about if policy.tier is tier] for tier in ORDER
+        [policy for policy in about if policy.tier is tier]
+        for tier in (Tier.ADMIN, Tier.NETWORK_POLICY, Tier.BASELINE)
     )
     if peer.standing is Standing.UNKNOWN and (admin or baseline):
         return Decision(False, Ground.UNKNOWN_PEER, about)
@@ -228,7 +210,8 @@ def decide(policies: Policies, question: Question) -> Decision:
             return _decided(about, first, question)
         unknown = peer.standing is Standing.UNKNOWN
         ground = Ground.UNKNOWN_PEER if unknown else Ground.NO_RULE
-        return Decision(False, ground, about, near_misses=near_misses(isolating, question))
+        missed = near_misses([*admin, *isolating], question, {Action.ACCEPT})
+        return Decision(False, ground, about, near_misses=missed)
     first = _first(baseline, question)
     if first is not None and first[1].action is not Action.PASS:
         return _decided(about, first, question)
@@ -246,7 +229,10 @@ def _first(policies: Sequence[Policy], question: Question) -> tuple[Policy, Rule
 def _decided(about: tuple[Policy, ...], by: tuple[Policy, Rule], question: Question) -> Decision:
     policy, rule = by
     allowed = rule.action is Action.ACCEPT
-    before = () if allowed else near_misses(_until(about, by, question.egress), question)
+    before: tuple[Near, ...] = ()
+    if not allowed:
+        helpful = {Action.ACCEPT, Action.PASS}
+        before = near_misses(_until(about, by, question.egress), question, helpful)
     return Decision(allowed, Ground.RULE, about, policy, rule, before)
 
 
@@ -288,13 +274,15 @@ def matches_port(rule: Rule, question: Question) -> bool:
     return False
 
 
-def near_misses(policies: Iterable[Policy], question: Question) -> tuple[Near, ...]:
-    """Rules that would let the flow through, but for one of the two things that they ask for."""
+def near_misses(
+    policies: Iterable[Policy], question: Question, actions: Collection[Action]
+) -> tuple[Near, ...]:
+    """Rules with such actions that match but for one of the two things that they ask for."""
     found: list[Near] = []
     for policy in policies:
         for rule in policy.rules(question.egress) or ():
             by_peer, by_port = matches_peer(rule, question), matches_port(rule, question)
-            if by_peer == by_port or rule.action is Action.DENY:
+            if by_peer == by_port or rule.action not in actions:
                 continue
             wants, has = _port_gap(rule, question) if by_peer else _peer_gap(rule, question)
             missed = "port" if by_peer else "peer"

@@ -53,9 +53,11 @@ class PolicyView(msgspec.Struct, frozen=True):
 
 
 class ModelView(msgspec.Struct, frozen=True):
-    """rule: by which it is decided, "" for none; else because says why."""
+    """allowed: by policy; audited: if not, it is let through all the same. rule: of `policy`, by
+    which it is decided, if one does; because says it in words."""
 
     allowed: bool
+    audited: bool
     ground: str
     because: str
     policies: list[PolicyView]
@@ -66,10 +68,11 @@ class ModelView(msgspec.Struct, frozen=True):
 
 
 class MapsView(msgspec.Struct, frozen=True):
-    """reason: as `weir monitor` names it, "" if it passes. rule: what the row that decided is
-    there for."""
+    """allowed, audited: as in the model. reason: as `weir monitor` names it, "" if it is allowed.
+    rule: what the row that decided is there for."""
 
     allowed: bool
+    audited: bool
     reason: str
     rule: str
     rule_set: int
@@ -199,6 +202,7 @@ class Why:
         decision = model.decide(question)
         return ModelView(
             allowed=decision.allowed,
+            audited=not decision.allowed and at_here is not None and at_here.audit,
             ground=decision.ground,
             because=verdict.because(decision, question),
             policies=[
@@ -214,6 +218,7 @@ class Why:
     def _maps_view(self, judged: Judged) -> MapsView:
         return MapsView(
             allowed=judged.reason is DropReason.NONE,
+            audited=judged.audited,
             reason=reason_text(judged.reason) if judged.reason else "",
             rule=self._explainer.rule_text(judged.rule),
             rule_set=judged.rule_set,
@@ -231,7 +236,7 @@ def _direction(flow: Flow, direction: Direction, said: ModelView, done: MapsView
         port=flow.port,
         model=said,
         maps=done,
-        agree=said.allowed == done.allowed,
+        agree=(said.allowed, said.audited) == (done.allowed, done.audited),
     )
 
 

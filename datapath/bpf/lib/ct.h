@@ -181,16 +181,15 @@ __verified_once int ct_open(struct __sk_buff *ctx, bool own_node)
 	if (!packet)
 		return -DROP_MALFORMED;
 	__u32 generation = policy_generation();
-	int verdict = judge(false);
+	int verdict = judge(ctx, false, own_node);
 
-	if (own_node)
-		verdict = JUDGED_OWN_NODE;
 	if (verdict < 0)
 		return verdict;
-	verdict = ct_record(packet, generation, verdict == JUDGED_OWN_NODE);
-	if (!verdict && event_is_wanted(EVENT_ALLOW))
+	int error = ct_record(packet, generation, verdict == JUDGED_OWN_NODE);
+
+	if (!error && verdict != JUDGED_AUDITED && event_is_wanted(EVENT_ALLOW))
 		notify(ctx, packet, DROP_NONE, EVENT_ALLOW);
-	return verdict;
+	return error;
 }
 
 /* Lets the packet's flow pass or not. @own_node: one end is this node. 0 or a drop reason. */
@@ -207,7 +206,7 @@ static __always_inline int ct_admit(struct __sk_buff *ctx, struct packet *packet
 	/* Policy changed since the flow was allowed. Denied, the entry stays and says who opened
 	 * the flow: without it, the other side's next packet would count as opening a new one. */
 	if (entry->generation != generation && !(entry->flags & CT_UNJUDGED) && !own_node) {
-		int verdict = judge(!ct_from_origin(packet, entry->flags));
+		int verdict = judge(ctx, !ct_from_origin(packet, entry->flags), false);
 
 		if (verdict < 0)
 			return verdict;

@@ -68,6 +68,8 @@ struct judgement {
 	__u32 destination_class;
 	__u32 rule;
 	__u32 rule_set;
+	__u32 order;			/* of the lowest hit so far, in an ordered rule set */
+	__u32 verdict;			/* that hit's */
 };
 
 struct packet {

@@ -74,14 +74,17 @@ static __always_inline bool is_node(const struct ip_addr *address)
 	return known && (known->flags & (ADDRESS_LOCAL_HOST | ADDRESS_REMOTE_NODE));
 }
 
-/* The policy class of an address that is no pod's on this node. */
+/* Beside the class: the address is this node's. */
+#define CLASS_OF_OWN_NODE (1u << 31)
+
+/* The policy class of an address that is no pod's on this node, and CLASS_OF_OWN_NODE. */
 __subprogram __u32 class_of(const struct ip_addr *address)
 {
 	struct prefix_key key = { .bits = PREFIX_BITS_ALL, .address = *address };
 	const struct address *known = bpf_map_lookup_elem(&addresses, address);
 
 	if (known)
-		return known->flags & ADDRESS_LOCAL_HOST ? CLASS_HOST : known->class;
+		return known->class | (known->flags & ADDRESS_LOCAL_HOST ? CLASS_OF_OWN_NODE : 0);
 
 	const struct route *route = bpf_map_lookup_elem(&routes, &key);
 

@@ -27,8 +27,8 @@ enum drop_reason {
 	DROP_MALFORMED = 1,		/* headers truncated or contradictory */
 	DROP_UNSUPPORTED_L2 = 2,	/* neither IPv4 nor IPv6, from a pod */
 	DROP_SPOOFED_SOURCE = 3,	/* the source is not the sending pod's, or is one of ours from outside */
-	DROP_POLICY_EGRESS = 4,		/* isolated, and no egress rule allows it */
-	DROP_POLICY_INGRESS = 5,	/* isolated, and no ingress rule allows it */
+	DROP_POLICY_EGRESS = 4,		/* isolated, and no egress rule allows it; or one denies it */
+	DROP_POLICY_INGRESS = 5,	/* isolated, and no ingress rule allows it; or one denies it */
 	DROP_UNKNOWN_PEER = 6,		/* a pod address whose class is not known here yet */
 	DROP_NO_BACKEND = 7,		/* the service has no endpoint (the client is told so) */
 	DROP_INVALID_CT = 8,		/* ICMP error that belongs to no flow */
@@ -44,6 +44,7 @@ enum drop_reason {
 	DROP_NO_LOCAL_BACKEND = 18,	/* traffic policy Local, and the service has no endpoint on this node */
 	DROP_SOURCE_RANGE = 19,		/* not in the service's loadBalancerSourceRanges */
 	DROP_BLOCKED = 20,		/* the source is in a blocked prefix */
+	DROP_AUDIT = 21,		/* in counters only: policy denies it, and audit mode let it pass */
 	DROP_REASON_COUNT
 };
 
@@ -57,21 +58,38 @@ enum class_number {
 	CLASS_ANY = 0,			/* in policy keys only: every peer */
 	CLASS_UNKNOWN = 1,		/* in a pod CIDR, not known here yet */
 	CLASS_WORLD = 2,		/* outside the cluster, in no ipBlock */
-	CLASS_HOST = 3,			/* this node itself */
+	CLASS_HOST = 3,			/* this node itself, in no selector of nodes and in no ipBlock */
 	CLASS_FIRST = 16,
 };
 
 enum verdict {
 	VERDICT_DENY = 0,
 	VERDICT_ALLOW = 1,
+	VERDICT_PASS = 2,		/* on to the next tier */
 };
 
 /* Which lookups a rule set needs: bit n (0..16) says that it has rules for one protocol
- * and a port prefix of n bits, LEVEL_ANY_PROTOCOL that it has rules for all traffic. */
+ * and a port prefix of n bits, LEVEL_ANY_PROTOCOL that it has rules for all traffic.
+ * LEVEL_ADMIN is no bit: it is added to policy_key.port_bits in rows of the Admin tier. */
 enum policy_level {
 	LEVEL_PORT_BITS_MAX = 16,
 	LEVEL_ANY_PROTOCOL = 17,
 	LEVEL_COUNT = 18,
+	LEVEL_ADMIN = 32,
+};
+
+/* What else isolation.levels says, in bits above those of enum policy_level. */
+enum isolation_flag {
+	ISOLATION_ORDERED = 1 << 24,		/* has rules of ClusterNetworkPolicies */
+	ISOLATION_DEFAULT_ALLOW = 1 << 25,	/* ordered, and no NetworkPolicy isolates: what no rule matches passes */
+	ISOLATION_AUDIT = 1 << 26,		/* what is denied is reported and passes */
+	ISOLATION_SHUT = 1 << 27,		/* ordered, and a row that denies has no room: all is denied */
+};
+
+/* policy_verdict.order: 0 to 0x7fff in the Admin tier, from ORDER_BASELINE in the Baseline tier. */
+enum policy_order {
+	ORDER_NETWORK_POLICY = 0x8000,
+	ORDER_BASELINE = 0x8001,
 };
 
 enum address_flag {
@@ -108,7 +126,7 @@ enum ct_flag {
 	CT_RESET = 16,
 	CT_SERVICE = 32,		/* client to VIP: .nat_* is the chosen backend */
 	CT_REV_NAT = 64,		/* client to backend: replies get .nat_* (the VIP) as source */
-	CT_UNJUDGED = 128,		/* this node's own traffic: allowed by the spec, never judged */
+	CT_UNJUDGED = 128,		/* opened by this node itself: allowed by the spec, never judged */
 	CT_SNAT = 256,			/* with CT_SERVICE: the backend sees this node's address (`snat`) */
 	CT_DSR = 512,			/* with CT_SERVICE: the backend's node answers the client */
 };
@@ -116,6 +134,7 @@ enum ct_flag {
 enum event_kind {
 	EVENT_DROP = 1,
 	EVENT_ALLOW = 2,		/* a new flow that a policy allowed, or that none judged */
+	EVENT_AUDIT = 3,		/* what would have been dropped for .reason, without audit mode */
 };
 
 /* ---- services: (address, port, protocol, scope) -> backends ------------- */
@@ -295,7 +314,7 @@ _Static_assert(sizeof(struct snat_entry) == 24, "snat_entry");
 /* One direction of a pod's policy. rule_set 0: no policy isolates it, no lookup. */
 struct isolation {
 	__u32 rule_set;
-	__u32 levels;			/* bit mask of enum policy_level */
+	__u32 levels;			/* bit mask of enum policy_level, and enum isolation_flag */
 };
 _Static_assert(sizeof(struct isolation) == 8, "isolation");
 
@@ -338,23 +357,49 @@ _Static_assert(sizeof(struct route) == 20, "route");
 
 /* ---- policy ------------------------------------------------------------------ */
 
-/* A hit for (rule set, peer class or CLASS_ANY, at any level) allows; no hit denies. Rule
- * sets are shared by all classes with the same rules. */
+/* A hit for (rule set, peer class or CLASS_ANY, at any level) allows; no hit denies. In sets with
+ * ISOLATION_ORDERED the hit of the lowest order decides, in the Admin tier and, if that passes or
+ * has no hit, among the other rows. Rule sets are shared by all classes with the same rules. */
 struct policy_key {
 	__u32 rule_set;
 	__u32 peer;
 	__u16 port;			/* destination port, host order, masked to port_bits */
 	__u8 protocol;			/* 0 at LEVEL_ANY_PROTOCOL */
-	__u8 port_bits;			/* 0..16, or LEVEL_ANY_PROTOCOL */
+	__u8 port_bits;			/* 0..16, or LEVEL_ANY_PROTOCOL; with LEVEL_ADMIN of that tier */
 };
 _Static_assert(sizeof(struct policy_key) == 12, "policy_key");
 
 struct policy_verdict {
 	__u32 rule;			/* the agent's number for (policy, direction, rule index) */
+	__u16 order;			/* enum policy_order */
 	__u8 verdict;			/* enum verdict */
-	__u8 pad[3];
+	__u8 pad;
 };
 _Static_assert(sizeof(struct policy_verdict) == 8, "policy_verdict");
+
+/* What policies denied lately, as the flow was opened. */
+struct denial_key {
+	struct ip_addr source;
+	struct ip_addr destination;
+	__be16 destination_port;	/* 0 with ICMP */
+	__u8 protocol;
+	__u8 direction;			/* enum direction */
+};
+_Static_assert(sizeof(struct denial_key) == 36, "denial_key");
+
+enum denial_flag {
+	DENIAL_AUDITED = 1,		/* it was let through, the last time */
+};
+
+struct denial {
+	__u32 last_seen;		/* seconds of CLOCK_MONOTONIC */
+	__u32 packets;			/* as far as two CPUs did not count at once */
+	__u32 rule;			/* that denies it, 0: none allows it */
+	__u32 rule_set;
+	__u32 reason;			/* enum drop_reason */
+	__u32 flags;			/* enum denial_flag */
+};
+_Static_assert(sizeof(struct denial) == 24, "denial");
 
 /* ---- runtime state and observation --------------------------------------------- */
 
@@ -399,7 +444,7 @@ struct event {
 	__u32 reason;			/* enum drop_reason */
 	__u32 source_class;
 	__u32 destination_class;
-	__u32 rule;			/* rule that allowed it, 0: none */
+	__u32 rule;			/* rule that allowed or denied it, 0: none */
 	__u32 rule_set;			/* rule set that judged it, 0: none */
 	__u32 ifindex;			/* where the program ran */
 	__u32 length;			/* bytes, with the Ethernet header */

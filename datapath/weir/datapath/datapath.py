@@ -58,6 +58,7 @@ RECORDS: dict[str, tuple[type[Any], type[Any]]] = {
     "prefixes": (records.PrefixKey, records.Prefix),
     "routes": (records.PrefixKey, records.Route),
     "policy": (records.PolicyKey, records.PolicyVerdict),
+    "denials": (records.DenialKey, records.Denial),
     "ct": (records.CtKey, records.CtEntry),
     "snat": (records.SnatKey, records.SnatEntry),
     "sock_nat": (records.SockNatKey, records.SockNat),
@@ -86,6 +87,7 @@ class Tables:
     prefixes: Table[records.PrefixKey, records.Prefix]
     routes: Table[records.PrefixKey, records.Route]
     policy: Table[records.PolicyKey, records.PolicyVerdict]
+    denials: Table[records.DenialKey, records.Denial]
     ct: Table[records.CtKey, records.CtEntry]
     snat: Table[records.SnatKey, records.SnatEntry]
     sock_nat: Table[records.SockNatKey, records.SockNat]

@@ -76,12 +76,19 @@ def masqueraded(key: bytes, value: bytes) -> tuple[bytes, bytes]:
     return key, value[:18] + replied_stream + value[19:]
 
 
+def unordered(key: bytes, value: bytes) -> tuple[bytes, bytes]:
+    """Rows of NetworkPolicies, before others had an order: ORDER_NETWORK_POLICY."""
+    return key, value[:4] + b"\x00\x80" + value[4:5] + b"\0"
+
+
 MIGRATIONS: tuple[Migration, ...] = (
     # Before ports of the node's address had a state.
     Migration("snat", "59fe2671e383757d", "snat", masqueraded),
     # Before services had an identity, and runtime its features.
     Migration("services", "72e857f7cdabe6c6", "services", longer(4)),
     Migration("runtime", "01e3d5c287942f89", "runtime", longer(8)),
+    # Before ClusterNetworkPolicies.
+    Migration("policy", "19ea2d1e26e2cd07", "policy", unordered),
 )
 
 

@@ -40,6 +40,7 @@ class DropReason(IntEnum):
     NO_LOCAL_BACKEND = 18
     SOURCE_RANGE = 19
     BLOCKED = 20
+    AUDIT = 21
 
 
 class Direction(IntEnum):
@@ -58,11 +59,25 @@ class ClassNumber(IntEnum):
 class Verdict(IntEnum):
     DENY = 0
     ALLOW = 1
+    PASS = 2
 
 
 class PolicyLevel(IntEnum):
     PORT_BITS_MAX = 16
     ANY_PROTOCOL = 17
+    ADMIN = 32
+
+
+class IsolationFlag(IntFlag):
+    ORDERED = 1 << 24
+    DEFAULT_ALLOW = 1 << 25
+    AUDIT = 1 << 26
+    SHUT = 1 << 27
+
+
+class PolicyOrder(IntEnum):
+    NETWORK_POLICY = 0x8000
+    BASELINE = 0x8001
 
 
 class AddressFlag(IntFlag):
@@ -106,6 +121,11 @@ class CtFlag(IntFlag):
 class EventKind(IntEnum):
     DROP = 1
     ALLOW = 2
+    AUDIT = 3
+
+
+class DenialFlag(IntFlag):
+    AUDITED = 1
 
 
 class SnatKind(IntEnum):
@@ -141,12 +161,15 @@ ENUMS = (
     EnumBinding("class_number", "CLASS_", ClassNumber),
     EnumBinding("verdict", "VERDICT_", Verdict),
     EnumBinding("policy_level", "LEVEL_", PolicyLevel, "LEVEL_COUNT"),
+    EnumBinding("isolation_flag", "ISOLATION_", IsolationFlag),
+    EnumBinding("policy_order", "ORDER_", PolicyOrder),
     EnumBinding("address_flag", "ADDRESS_", AddressFlag),
     EnumBinding("route_flag", "ROUTE_", RouteFlag),
     EnumBinding("service_scope", "SCOPE_", ServiceScope),
     EnumBinding("service_flag", "SERVICE_", ServiceFlag),
     EnumBinding("ct_flag", "CT_", CtFlag),
     EnumBinding("event_kind", "EVENT_", EventKind),
+    EnumBinding("denial_flag", "DENIAL_", DenialFlag),
     EnumBinding("snat_kind", "SNAT_", SnatKind),
     EnumBinding("snat_state", "SNAT_", SnatState),
     EnumBinding("runtime_feature", "RUNTIME_", RuntimeFeature),
@@ -343,7 +366,27 @@ class PolicyKey:
 @dataclass(frozen=True, slots=True)
 class PolicyVerdict:
     rule: int
+    order: int
     verdict: int
+
+
+@dataclass(frozen=True, slots=True)
+class DenialKey:
+    source: Addr
+    destination: Addr
+    destination_port: int
+    protocol: int
+    direction: int
+
+
+@dataclass(frozen=True, slots=True)
+class Denial:
+    last_seen: int
+    packets: int
+    rule: int
+    rule_set: int
+    reason: int
+    flags: int
 
 
 @dataclass(frozen=True, slots=True)

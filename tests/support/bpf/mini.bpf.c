@@ -39,6 +39,7 @@ TABLE(endpoints, HASH, 0, 256, struct ip_addr, struct endpoint);
 TABLE(prefixes, LPM_TRIE, BPF_F_NO_PREALLOC, 131072, struct prefix_key, struct prefix);
 TABLE(routes, LPM_TRIE, BPF_F_NO_PREALLOC, 4096, struct prefix_key, struct route);
 TABLE(policy, HASH, BPF_F_NO_PREALLOC, 4096, struct policy_key, struct policy_verdict);
+TABLE(denials, LRU_HASH, 0, 4096, struct denial_key, struct denial);
 TABLE(ct, LRU_HASH, 0, 4096, struct ct_key, struct ct_entry);
 TABLE(snat, LRU_HASH, 0, 4096, struct snat_key, struct snat_entry);
 TABLE(sock_nat, LRU_HASH, 0, 4096, struct sock_nat_key, struct sock_nat);

@@ -67,7 +67,7 @@ CASES = [
     ("prefix", records.Prefix(17), "11000000"),
     ("route", records.Route(V6, records.RouteFlag.TUNNEL), f"{V6_HEX} 04000000"),
     ("policy_key", records.PolicyKey(1, 2, 8080, 6, 16), "01000000 02000000 901f 06 10"),
-    ("policy_verdict", records.PolicyVerdict(258, 1), "02010000 01 000000"),
+    ("policy_verdict", records.PolicyVerdict(258, 3, 1), "02010000 0300 01 00"),
     ("metric", records.Metric(1, 1 << 40), "0100000000000000 0000000000010000"),
 ]
 
