@@ -28,6 +28,7 @@ class Space(enum.Enum):
     PODS = enum.auto()  # by uid: their labels and named ports alone
     IPV4 = enum.auto()
     IPV6 = enum.auto()
+    NODES = enum.auto()  # by name: their labels alone
 
 
 @dataclass(frozen=True, slots=True)

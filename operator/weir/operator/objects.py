@@ -25,6 +25,7 @@ ZONE = "topology.kubernetes.io/zone"
 # With any value: a node that no load balancer sends to.
 EXCLUDED = "node.kubernetes.io/exclude-from-external-load-balancers"
 OS = "kubernetes.io/os"
+AUDIT = "policy.weir.dev/audit"
 TO_BE_DELETED = "ToBeDeletedByClusterAutoscaler"
 
 
@@ -97,6 +98,7 @@ Labels = tuple[tuple[str, str], ...]
 class Namespace:
     key: Key
     labels: Labels
+    audit: bool = False  # what policies deny its pods is only reported
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class Node:
     ready: bool = True  # what its Ready condition says
     balances: bool = True  # False: load balancers are to leave it out
     leaving: bool = False  # is being deleted, or will be by the cluster autoscaler
+    labels: Labels = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +229,14 @@ def _hints(names: list[wire.Hint] | None) -> tuple[str, ...]:
 
 
 def parse_namespace(raw: wire.Namespace) -> Parsed[Namespace]:
-    return Parsed(Namespace(key_of(raw.metadata), labels_of(raw.metadata)))
+    """An annotation that is neither true nor false reads as false: what policies deny is denied."""
+    meta = raw.metadata
+    wanted = (meta.annotations or {}).get(AUDIT, "false")
+    problems: tuple[Problem, ...] = ()
+    if wanted not in ("true", "false"):
+        text = f'{wanted!r} is neither "true" nor "false": policies are enforced'
+        problems = (Problem(f"metadata.annotations[{AUDIT}]", text),)
+    return Parsed(Namespace(key_of(meta), labels_of(meta), wanted == "true"), problems)
 
 
 def parse_node(raw: wire.Node) -> Parsed[Node]:
@@ -234,6 +244,9 @@ def parse_node(raw: wire.Node) -> Parsed[Node]:
     listed = [a for a in (raw.status.addresses if raw.status else None) or [] if a.address]
     texts = [a.address for a in listed if a.type == "InternalIP"]
     texts += [a.address for a in listed if a.type == "ExternalIP"]
+    # The other types are names, but a name can be an address, by which policies may select it.
+    names = [a.address for a in listed if a.type not in ("InternalIP", "ExternalIP")]
+    texts += [name for name in names if parse_address(name, "", []) is not None]
     addresses = parse_addresses(texts, "status.addresses", problems)
     cidrs: list[Cidr] = []
     for text in raw.spec.pod_cidrs or ([raw.spec.pod_cidr] if raw.spec.pod_cidr else []):
@@ -256,6 +269,7 @@ def parse_node(raw: wire.Node) -> Parsed[Node]:
         balances=EXCLUDED not in labels and labels.get(OS, "linux") == "linux",
         leaving=meta.deletion_timestamp is not None
         or any(taint.key == TO_BE_DELETED for taint in raw.spec.taints or ()),
+        labels=labels_of(meta),
     )
     return Parsed(node, tuple(problems))
 

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import enum
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +44,22 @@ from weir.operator.selectors import (
 _LABEL_TEXT = re.compile(r"(?:[A-Za-z0-9][-A-Za-z0-9_./]*)?")
 
 
+class Tier(enum.Enum):
+    """Named as in the protocol."""
+
+    NETWORK_POLICY = enum.auto()
+    ADMIN = enum.auto()
+    BASELINE = enum.auto()
+
+
+class Action(enum.Enum):
+    """Named as in the protocol. NetworkPolicies only accept."""
+
+    ACCEPT = enum.auto()
+    DENY = enum.auto()
+    PASS = enum.auto()
+
+
 @dataclass(frozen=True, slots=True)
 class PortRange:
     """Ports of one protocol: `first` to `last` (0 to 65535: the whole protocol), or a name."""
@@ -59,15 +76,20 @@ class Rule:
     index: int  # in spec.ingress or spec.egress
     peers: tuple[Selector, ...] | None  # None: every peer
     ports: tuple[PortRange, ...]  # empty: every protocol and port
+    action: Action = Action.ACCEPT
 
 
 @dataclass(frozen=True, slots=True)
 class NetworkPolicy:
+    """Of any tier: what is in force of a ClusterNetworkPolicy is one as well."""
+
     key: Key
     subject: Pods
-    ingress: bool  # isolates in this direction
+    ingress: bool  # isolates in this direction; has rules in it, if it is the cluster's
     egress: bool
     rules: tuple[Rule, ...]
+    tier: Tier = Tier.NETWORK_POLICY
+    priority: int = 0  # the lower, the earlier among those of its tier
 
 
 def unreadable_policy(key: Key) -> NetworkPolicy:

@@ -30,6 +30,9 @@ class SortedInts:
         self._new: list[int] = []
         self._gone: set[int] = set()
 
+    def __len__(self) -> int:
+        return len(self._all)
+
     def add(self, value: int) -> None:
         if value in self._all:
             return

@@ -86,7 +86,7 @@ def _cidr(cidr: Cidr) -> pb.Cidr:
     return pb.Cidr(address=cidr.address, bits=cidr.bits)
 
 
-def node(key: Key, new: Node | None) -> Change:
+def node(key: Key, new: Node | None, number: int | None = None) -> Change:
     name = f"node/{key.name}"
     if new is None:
         return Change(name, None)
@@ -97,6 +97,7 @@ def node(key: Key, new: Node | None) -> Change:
         zone=new.zone,
         leaving=new.leaving,
     )
+    setattr(message, "class", number or 0)
     return Change(name, pb.Resource(name=name, node=message))
 
 
@@ -126,7 +127,7 @@ def _named_port(port: Port) -> pb.NamedPort:
 
 
 def policy(key: Key, new: NetworkPolicy | None, number_of: Callable[[Selector], int]) -> Change:
-    name = f"policy/{key}"
+    name = f"policy/{key}" if key.namespace else f"cluster-policy/{key}"
     if new is None:
         return Change(name, None)
     message = pb.Policy(
@@ -136,6 +137,8 @@ def policy(key: Key, new: NetworkPolicy | None, number_of: Callable[[Selector], 
         ingress=new.ingress,
         egress=new.egress,
         rules=[_rule(rule, number_of) for rule in new.rules],
+        tier=f"TIER_{new.tier.name}",
+        priority=new.priority,
     )
     return Change(name, pb.Resource(name=name, policy=message))
 
@@ -150,6 +153,7 @@ def _rule(rule: Rule, number_of: Callable[[Selector], int]) -> pb.Rule:
             pb.PortRange(protocol=p.protocol, first=p.first, last=p.last, name=p.name)
             for p in rule.ports
         ],
+        action=f"ACTION_{rule.action.name}",
     )
 
 
@@ -175,7 +179,7 @@ def prefix(cidr: Cidr, number: int | None) -> Change:
     return Change(name, pb.Resource(name=name, prefix=message))
 
 
-def pod(uid: str, where: str, new: Pod | None, number: int | None) -> Change:
+def pod(uid: str, where: str, new: Pod | None, number: int | None, audit: bool = False) -> Change:
     name = f"pod/{uid}"
     if new is None or number is None:
         return Change(name, None, where)
@@ -185,6 +189,7 @@ def pod(uid: str, where: str, new: Pod | None, number: int | None) -> Change:
     message.name = new.key.name
     message.uid = uid
     setattr(message, "class", number)
+    message.audit = audit
     for port in new.host_ports:
         message.host_ports.add(
             protocol=port.protocol,

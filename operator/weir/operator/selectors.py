@@ -113,6 +113,17 @@ class Pods:
 
 
 @dataclass(frozen=True, slots=True)
+class Nodes:
+    """All addresses of the nodes with such labels."""
+
+    labels: LabelSelector
+
+    @property
+    def key(self) -> str:
+        return f"nodes {self.labels.text()}"
+
+
+@dataclass(frozen=True, slots=True)
 class IpBlock:
     """The addresses in `cidr` that are in none of `excepts`, all of which lie within it."""
 
@@ -126,4 +137,4 @@ class IpBlock:
         return f"ipblock {self.cidr.text()} except {','.join(e.text() for e in self.excepts)}"
 
 
-Selector = Pods | IpBlock
+Selector = Pods | Nodes | IpBlock

@@ -38,6 +38,12 @@ class Identified(Struct):
     metadata: Identity = msgspec.field(default_factory=Identity)
 
 
+class Annotated(Meta):
+    """Metadata of the kinds whose annotations say something to Weir."""
+
+    annotations: dict[str, str] | None = None
+
+
 class Named(Struct):
     metadata: Meta = msgspec.field(default_factory=Meta)
 
@@ -180,8 +186,8 @@ class Node(Named):
     status: NodeStatus | None = None
 
 
-class Namespace(Named):
-    pass
+class Namespace(Struct):
+    metadata: Annotated = msgspec.field(default_factory=Annotated)
 
 
 # Pod

@@ -35,16 +35,19 @@ def test_the_oldest_keeps_it_and_others_are_named(order: tuple[int, ...]) -> Non
     for i in order:
         model.claims.node(nodes[i].key, nodes[i])
     model.claims.settle()
-    assert [c.text() for c in model.compiler._nodes["a"].pod_cidrs] == ["10.0.0.0/24", "fd00::/64"]
-    assert [c.text() for c in model.compiler._nodes["b"].pod_cidrs] == ["fd01::/64"]
-    assert model.compiler._nodes["c"].pod_cidrs == ()
+    assert [c.text() for c in model.compiler.nodes.known["a"].pod_cidrs] == [
+        "10.0.0.0/24",
+        "fd00::/64",
+    ]
+    assert [c.text() for c in model.compiler.nodes.known["b"].pod_cidrs] == ["fd01::/64"]
+    assert model.compiler.nodes.known["c"].pod_cidrs == ()
     assert {key.name for _, key in model.claims.told} == {"b", "c"}
     (problem,) = told["b"]
     assert "10.0.0.0/16 of node b overlaps a pod CIDR of node a" in problem.message
 
     model.claims.node(nodes[1].key, None)
     model.claims.settle()
-    assert [c.text() for c in model.compiler._nodes["c"].pod_cidrs] == ["10.0.1.0/24"]
+    assert [c.text() for c in model.compiler.nodes.known["c"].pod_cidrs] == ["10.0.1.0/24"]
     assert not model.claims.told
     assert told["c"] == ()
 
