@@ -22,15 +22,15 @@ OUTSIDE = {"given": "198.51.100.1", "pod": "", "addresses": ["198.51.100.1"], "n
            "is_pod": False, "service": ""}  # fmt: skip
 NEAR = {"policy": "shop/db-only", "direction": "ingress", "index": 0, "missed": "port",
         "wants": "TCP port 5432", "has": "TCP port 80"}  # fmt: skip
-FREE = {"allowed": True, "ground": "not-isolated", "policies": [], "policy": "", "rule": None,
-        "because": "no policy selects shop/cart for egress", "near_misses": [],
+FREE = {"allowed": True, "audited": False, "ground": "not-isolated", "policies": [], "policy": "",
+        "rule": None, "because": "no policy selects shop/cart for egress", "near_misses": [],
         "change": ""}  # fmt: skip
-SHUT = {"allowed": False, "ground": "no-rule", "policy": "", "rule": None,
+SHUT = {"allowed": False, "audited": False, "ground": "no-rule", "policy": "", "rule": None,
         "policies": [{"policy": "shop/db-only", "tier": "network-policy", "priority": 0}],
         "because": "shop/db-only isolates shop/db, and it has no rule that matches",
         "near_misses": [NEAR], "change": "shop/db-only needs an ingress rule"}  # fmt: skip
-PASSES = {"allowed": True, "reason": "", "rule": "", "rule_set": 0, "source_class": 16,
-          "destination_class": 17}  # fmt: skip
+PASSES = {"allowed": True, "audited": False, "reason": "", "rule": "", "rule_set": 0,
+          "source_class": 16, "destination_class": 17}  # fmt: skip
 DROPS = {**PASSES, "allowed": False, "reason": "policy-ingress", "rule_set": 2}
 
 
@@ -123,6 +123,41 @@ def test_maps_that_differ(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "maps       DIFFER: they let it through, by ingress rule 1 of shop/old" in out
     assert "Maps and policies differ" in out
+
+
+def test_audit_mode(capsys: pytest.CaptureFixture[str]) -> None:
+    watched = {**SHUT, "audited": True}, {**DROPS, "audited": True}
+    assert why(FakeSource(OPEN[0], answer("n2", *both("ingress", *watched)))) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].endswith("80/TCP: DENIED, but let through (audit mode)")
+    assert "ingress on n2: denied, but in audit mode: shop/db-only isolates" in out
+    assert "maps       let it through, and report it (policy-ingress)" in out
+
+
+DENIAL = {
+    "source": {"address": "10.1.0.5", "port": 0, "pod": "shop/cart"},
+    "destination": {"address": "fd00:2::7", "port": 80, "pod": ""},
+    "protocol": "TCP", "direction": "ingress", "last_seen": 1000.0, "packets": 3,
+    "reason": "policy-ingress", "audited": False, "policies": ["shop/a", "shop/b"], "rule": "",
+}  # fmt: skip
+
+
+def test_denials_of_all_nodes_newest_first(capsys: pytest.CaptureFixture[str]) -> None:
+    watched = {**DENIAL, "last_seen": 2000.0, "audited": True, "rule": "egress rule 1 of X y"}
+    source = FakeSource(Answer("n1", [DENIAL]), Answer("n2", [watched]), Answer("n3", error="gone"))
+    assert run(parser().parse_args(["policy", "denials"]), source) == 1
+    said = capsys.readouterr()
+    header, first, second = said.out.splitlines()
+    assert header.split()[:3] == ["LAST", "SEEN", "NODE"]
+    assert first.split()[2:] == [
+        *("n2", "3", "audited", "shop/cart", "[fd00:2::7]:80/TCP", "ingress"),
+        *("egress", "rule", "1", "of", "X", "y"),
+    ]
+    assert second.split()[2:5] == ["n1", "3", "policy-ingress"]
+    assert second.endswith("shop/a, shop/b")
+    assert "n3: gone" in said.err
+    assert run(parser().parse_args(["policy", "denials", "-o", "json"]), source) == 1
+    assert json.loads(capsys.readouterr().out)[1] == {"node": "n2", "data": [watched]}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from support import spec_oracle
 from support.spec_oracle import EGRESS, INGRESS
 
 from weir.api.address import parse, text
-from weir.cli import attempt, cluster, forecast
+from weir.cli import attempt, cluster, denials, forecast
 from weir.cli.cluster import Objects
 from weir.cli.errors import CliError
 from weir.cli.forecast import Flow
@@ -211,7 +211,7 @@ class FakeSource:
         return dict(self.errors)
 
     def ask(self, question: Question) -> list[Answer]:
-        assert question == attempt.DENIALS
+        assert question == denials.QUESTION
         return [Answer("n1", self.denied)]
 
     def follow(self, everything: bool, show: Show) -> None:

@@ -69,6 +69,7 @@ def local_api(agent: Agent) -> web.Application:
     app.router.add_get("/v1/policies", policies)
     app.router.add_get("/v1/events", _events(agent))
     app.router.add_get("/v1/policy/why", _why(agent))
+    app.router.add_get("/v1/policy/denials", _denials(agent))
     app.router.add_get("/v1/ct", _ct_list(agent))
     app.router.add_post("/v1/ct/flush", _ct_flush(agent))
     return app
@@ -84,6 +85,16 @@ def _why(agent: Agent) -> Handler:
             raise web.HTTPServiceUnavailable(text=str(error) or EXCHANGED) from error
 
     return answer
+
+
+def _denials(agent: Agent) -> Handler:
+    async def denials(_request: web.Request) -> web.Response:
+        try:
+            return _json(await agent.flows.denials.listed())
+        except (DatapathError, Exchanged) as error:
+            raise web.HTTPServiceUnavailable(text=str(error) or EXCHANGED) from error
+
+    return denials
 
 
 def _filter(request: web.Request) -> Filter:

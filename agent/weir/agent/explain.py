@@ -64,8 +64,8 @@ class Explainer:
             reason=reason_text(event.reason) if not passed else "",
             direction=Direction(event.direction).name.lower() if event.direction < 2 else "",
             protocol=PROTOCOLS.get(event.protocol, str(event.protocol)),
-            source=self._party(event.source, event.source_port),
-            destination=self._party(event.destination, event.destination_port),
+            source=self.party(event.source, event.source_port),
+            destination=self.party(event.destination, event.destination_port),
             policies=policies,
             near_miss=near_miss,
             bytes=event.length,
@@ -111,12 +111,7 @@ class Explainer:
                 found.append(item.address)
         return tuple(sorted(found))
 
-    def rule_text(self, number: int) -> str:
-        """What a rule's number stands for; empty if nobody knows."""
-        rule = self._projection.rule_numbers.key(number) if number else None
-        return str(rule) if rule is not None else ""
-
-    def _party(self, addr: Addr, port: int) -> Party:
+    def party(self, addr: Addr, port: int) -> Party:
         return Party(text(addr), port, self.pod_name(addr))
 
     def _decided(self, event: Event) -> tuple[tuple[str, ...], str, str]:
@@ -124,18 +119,24 @@ class Explainer:
         if event.reason == DropReason.BLOCKED:
             lists = self._projection.blocks.names(event.rule)
             return tuple(f"BlockList {name}" for name in lists), "", ""
-        if event.rule:
-            rule = self._projection.rule_numbers.key(event.rule)
-            if rule is None:
-                return (), "", ""
-            return (describe_policy((rule.namespace, rule.policy)),), str(rule), ""
-        if not event.rule_set or event.kind == EventKind.ALLOW:
+        if not event.rule and event.kind == EventKind.ALLOW:
             return (), "", ""
-        names = self._projection.policy.policies_of(event.rule_set)
-        if event.reason != DropReason.UNKNOWN_PEER:
+        policies, rule = self.deciders(event.rule, event.rule_set, event.reason)
+        near_miss = self._near_miss(event) if event.rule_set and not event.rule else ""
+        return policies, rule, near_miss
+
+    def deciders(self, rule: int, rule_set: int, reason: int) -> tuple[tuple[str, ...], str]:
+        """Policies that decided, and the rule by which, if one did, as people know them."""
+        if rule:
+            known = self._projection.rule_numbers.key(rule)
+            if known is None:
+                return (), ""
+            return (describe_policy((known.namespace, known.policy)),), str(known)
+        names = self._projection.policy.policies_of(rule_set)
+        if reason != DropReason.UNKNOWN_PEER:
             # No rule denied it: so they did who let nothing through but what a rule allows.
             names = tuple(name for name in names if name[0]) or names
-        return tuple(map(describe_policy, names)), "", self._near_miss(event)
+        return tuple(map(describe_policy, names)), ""
 
     def _near_miss(self, event: Event) -> str:
         egress = event.direction == Direction.EGRESS

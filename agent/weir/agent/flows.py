@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from weir.agent.aging import Aging
 from weir.agent.conntrack import Conntrack
+from weir.agent.denials import Denials
 from weir.agent.explain import Explainer
 from weir.agent.gate import Gate
 from weir.agent.rows import Change
@@ -42,6 +43,7 @@ class Flows:
         self.sweeper = Sweeper(self._watch, walks, namespaces)
         self.aging = Aging(self._watch, walks)
         self.conntrack = Conntrack(projection, explainer.pod_name, walks)
+        self.denials = Denials(explainer, walks)
         self.why = Why(projection, explainer, walks)
 
     async def run(self) -> None:

@@ -220,7 +220,7 @@ class Why:
             allowed=judged.reason is DropReason.NONE,
             audited=judged.audited,
             reason=reason_text(judged.reason) if judged.reason else "",
-            rule=self._explainer.rule_text(judged.rule),
+            rule=self._explainer.deciders(judged.rule, 0, judged.reason)[1],
             rule_set=judged.rule_set,
             source_class=judged.source_class,
             destination_class=judged.destination_class,

@@ -18,7 +18,7 @@ from typing import Any
 
 from weir.agent.verdict import PROTOCOLS
 from weir.api.address import Addr, parse, text
-from weir.cli import cluster, forecast
+from weir.cli import cluster, denials, forecast
 from weir.cli.errors import CliError
 from weir.cli.forecast import Changed, Cluster, Flow
 from weir.cli.render import table
@@ -26,7 +26,6 @@ from weir.cli.source import Kubectl, Question, Source
 
 NUMBERS = {name: number for number, name in PROTOCOLS.items()}
 ICMP = (1, 58)
-DENIALS = Question("/v1/policy/denials", ("policy", "denials"))
 
 
 def run(arguments: argparse.Namespace, where: Source, kubectl: Kubectl) -> int:
@@ -69,7 +68,7 @@ def flows(where: Source) -> tuple[Counter[Flow], dict[str, str]]:
                 seen[_flow(item)] += 1
 
     errors = where.stream(Question("/v1/ct?", ("ct", "list")), follow)
-    for answer in where.ask(DENIALS):
+    for answer in where.ask(denials.QUESTION):
         if answer.error:
             errors.setdefault(answer.node, answer.error)
         for item in answer.data or ():

@@ -138,7 +138,8 @@ def _why(arguments: argparse.Namespace, where: Source) -> int:
 
 
 def join(answers: Sequence[Answer]) -> dict[str, Any]:
-    """One answer of all: allowed None where an end is missing that could deny."""
+    """One answer of all. allowed: by policy, None where an end is missing that could deny; audited:
+    if not, it is let through all the same."""
     told = [answer for answer in answers if answer.data is not None]
     if not told:
         errors = "; ".join(f"{answer.node}: {answer.error}" for answer in answers)
@@ -156,10 +157,12 @@ def join(answers: Sequence[Answer]) -> dict[str, Any]:
         allowed = False
     elif not missing:
         allowed = True
+    denied = [direction["model"] for direction in directions if not direction["model"]["allowed"]]
     return {
         "source": source,
         "destination": destination,
         "allowed": allowed,
+        "audited": bool(denied) and all(model["audited"] for model in denied),
         "differ": not all(direction["agree"] for direction in directions),
         "directions": directions,
         "missing": missing,

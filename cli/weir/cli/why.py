@@ -16,7 +16,9 @@ VERDICTS = {True: "ALLOWED", False: "DENIED", None: "NOT KNOWN"}
 def text(joined: dict[str, Any], port: str, protocol: str) -> str:
     source, destination = joined["source"], joined["destination"]
     what = f"{port}/{protocol.upper()}" if port else protocol.upper()
-    lines = [f"{_end(source)} -> {_end(destination)} {what}: {VERDICTS[joined['allowed']]}"]
+    verdict = VERDICTS[joined["allowed"]]
+    verdict += ", but let through (audit mode)" if joined["audited"] else ""
+    lines = [f"{_end(source)} -> {_end(destination)} {what}: {verdict}"]
     if destination["service"]:
         lines.append(
             f"{destination['given']} is the address of Service {destination['service']}: policies "
@@ -46,7 +48,7 @@ def _alike(found: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Directions that say the same of several pairs of addresses."""
     by_answer: dict[str, list[dict[str, Any]]] = {}
     for one in found:
-        maps = {name: one["maps"][name] for name in ("allowed", "reason")}
+        maps = {name: one["maps"][name] for name in ("allowed", "audited", "reason")}
         key = json.dumps([one["node"], one["model"], maps])
         by_answer.setdefault(key, []).append(one)
     return list(by_answer.values())
@@ -55,7 +57,7 @@ def _alike(found: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def _direction(alike: Sequence[dict[str, Any]]) -> list[str]:
     one = alike[0]
     model, maps = one["model"], one["maps"]
-    verdict = "allowed" if model["allowed"] else "denied"
+    verdict = _verdict(model)
     pairs = ", ".join(f"{each['source']} -> {each['destination']}" for each in alike)
     lines = [
         f"{one['direction']} on {one['node']}: {verdict}: {model['because']}",
@@ -74,9 +76,17 @@ def _direction(alike: Sequence[dict[str, Any]]) -> list[str]:
     if model["change"]:
         lines.append(f"  to change  {model['change']}")
     does = "let it through" if maps["allowed"] else f"drop it ({maps['reason']})"
+    if maps["audited"]:
+        does = f"let it through, and report it ({maps['reason']})"
     by = f", by {maps['rule']}" if maps["rule"] else ""
     lines.append(f"  maps       {'' if one['agree'] else 'DIFFER: they '}{does}{by}")
     return lines
+
+
+def _verdict(model: dict[str, Any]) -> str:
+    if model["allowed"]:
+        return "allowed"
+    return "denied, but in audit mode" if model["audited"] else "denied"
 
 
 def _tier(policy: dict[str, Any]) -> str:
