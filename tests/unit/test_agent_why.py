@@ -235,6 +235,23 @@ async def test_audit_mode() -> None:
     assert (found.model.allowed, found.model.audited, found.maps.audited) == (True, False, False)
 
 
+@pytest.mark.parametrize("action", [Action.DENY, Action.PASS])
+async def test_a_rule_about_peers_that_are_not_known_denies_everybody(action: Action) -> None:
+    agent = Agent()
+    subject = next(n for n in map(WireSelector, range(1, 9))
+                   if agent.projection.identity.selector_key(n) == "web")  # fmt: skip
+    rule = resources.Rule(False, 0, False, (WireSelector(99),), (), action)
+    agent.projection.apply(
+        {"cluster-policy/x": resources.Policy(
+            "", "x", subject, True, False, (rule,), Tier.ADMIN, 1
+        )}
+    )  # fmt: skip
+    agent.projection.project()
+    found = await agent.one("ns/p2", "ns/p1")
+    assert found.model.because == "ingress rule 0 of ClusterNetworkPolicy x denies it"
+    assert (found.maps.rule, found.agree) == ("ingress rule 0 of ClusterNetworkPolicy x", True)
+
+
 async def test_denials_newest_first() -> None:
     agent = Agent()
     isolation = agent.projection.table("endpoints").rows[address(HERE)].ingress
