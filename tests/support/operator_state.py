@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ READERS: Mapping[str, Any] = {
         kinds.SERVICE,
         kinds.SLICE,
         kinds.POLICY,
+        kinds.CLUSTER_POLICY,
     )
 }
 
@@ -44,10 +46,12 @@ class View:
 
     resources: dict[str, pb.Resource] = field(default_factory=dict)
     nodes: dict[str, str] = field(default_factory=dict)  # pod resource: its node
+    _named: dict[str, list[pb.Resource]] = field(default_factory=lambda: defaultdict(list))
     _at: dict[str, tuple[frozenset[int], dict[tuple[str, int], int]]] = field(default_factory=dict)
 
     def take(self, changes: list[Change]) -> None:
         self._at.clear()
+        self._named.clear()
         for change in changes:
             if change.resource is None:
                 self.resources.pop(change.name, None)
@@ -59,7 +63,10 @@ class View:
                     self.nodes[change.name] = change.node
 
     def named(self, kind: str) -> list[pb.Resource]:
-        return [r for r in self.resources.values() if r.WhichOneof("kind") == kind]
+        if not self._named:
+            for resource in self.resources.values():
+                self._named[str(resource.WhichOneof("kind"))].append(resource)
+        return self._named.get(kind, [])
 
     def selector_key(self, number: int) -> str:
         return self.resources[f"selector/{number}"].selector.key
@@ -86,42 +93,41 @@ class View:
             cidr = Cidr(Addr(prefix.cidr.address), prefix.cidr.bits)
             if cidr.contains(addr) and (best is None or prefix.cidr.bits > best.cidr.bits):
                 best = prefix
-        return self.content(class_of(best)) if best is not None else (frozenset(), {})
+        blocks = self.content(class_of(best))[0] if best is not None else frozenset[int]()
+        nodes = [r.node for r in self.named("node") if addr in r.node.addresses]
+        for node in nodes:
+            if class_of(node):
+                blocks |= self.content(class_of(node))[0]
+        return blocks, {}
 
-    def allows(self, source: str, target: str, protocol: str, port: int) -> bool:
-        if source == target:
-            return True
-        return self._judge(True, source, target, target, protocol, port) and self._judge(
-            False, target, source, target, protocol, port
+    def node_of(self, address: str) -> str | None:
+        """Of the pod that has the address."""
+        own = self.resources.get(f"address/{parse(address).hex()}")
+        for resource in self.named("pod") if own is not None else ():
+            pod = resource.pod
+            if own and (pod.namespace, pod.name) == (own.address.namespace, own.address.pod):
+                return self.nodes[resource.name]
+        return None
+
+    def is_node_of(self, pod: str, address: str) -> bool:
+        node = self.resources.get(f"node/{self.node_of(pod)}")
+        return node is not None and parse(address) in node.node.addresses
+
+    def decides(
+        self, egress: bool, source: str, target: str, protocol: str, port: int
+    ) -> tuple[bool, str, int | None]:
+        """What one end says, and the tier, policy's resource and rule that decide; where that is
+        no policy of the cluster, only whether NetworkPolicies do."""
+        own, peer = (source, target) if egress else (target, source)
+        question = _Question(self, egress, own, peer, target, PROTOCOLS[protocol], port)
+        if not egress and self.is_node_of(own, peer):
+            return True, "", None
+        return (
+            question.by_cluster(pb.TIER_ADMIN)
+            or question.by_namespace()
+            or question.by_cluster(pb.TIER_BASELINE)
+            or (True, "", None)
         )
-
-    def _judge(
-        self, egress: bool, own: str, peer: str, target: str, protocol: str, port: int
-    ) -> bool:
-        subject, _ = self.at(own)
-        others, _ = self.at(peer)
-        _, named = self.at(target)
-        isolated = False
-        for resource in self.named("policy"):
-            policy = resource.policy
-            if policy.subject not in subject or not (policy.egress if egress else policy.ingress):
-                continue
-            isolated = True
-            for rule in policy.rules:
-                if rule.egress is not egress:
-                    continue
-                if not rule.any_peer and not others.intersection(rule.peers):
-                    continue
-                number = PROTOCOLS[protocol]
-                if not rule.ports or any(
-                    p.protocol == number
-                    and (
-                        named.get((p.name, number)) == port if p.name else p.first <= port <= p.last
-                    )
-                    for p in rule.ports
-                ):
-                    return True
-        return not isolated
 
     def meaning(self) -> dict[str, object]:
         """Everything with numbers replaced by what they mean, to compare two compilers."""
@@ -131,7 +137,14 @@ class View:
             if kind in ("address", "prefix", "pod"):
                 selectors, ports = self.content(class_of(getattr(resource, kind)))
                 keys = sorted(self.selector_key(number) for number in selectors)
-                meant[name] = (keys, sorted(ports.items()))
+                meant[name] = (keys, sorted(ports.items()), resource.pod.audit)
+            elif kind == "node":
+                number = class_of(resource.node)
+                selectors = self.content(number)[0] if number else frozenset()
+                node = pb.Node()
+                node.CopyFrom(resource.node)
+                setattr(node, "class", 0)
+                meant[name] = (str(node), sorted(self.selector_key(n) for n in selectors))
             elif kind == "policy":
                 copy = pb.Policy()
                 copy.CopyFrom(resource.policy)
@@ -149,8 +162,8 @@ class View:
         return meant
 
     def check_classes(self) -> None:
-        """No two of equal content but of different spaces (pods, IPv4, IPv6), none that is of two
-        or that nobody is in, no selector that nobody names."""
+        """No two of equal content but of different spaces (pods, IPv4, IPv6, nodes), none that is
+        of two or that nobody is in, no selector that nobody names."""
         spaces: dict[int, set[str]] = {}
         for kind in ("address", "prefix", "pod"):
             for resource in self.named(kind):
@@ -160,21 +173,77 @@ class View:
                     at = message.address if kind == "address" else message.cidr.address
                 space = ("4" if at.startswith(V4_PREFIX) else "6") if at else kind
                 spaces.setdefault(class_of(message), set()).add(space)
+        for resource in self.named("node"):
+            if class_of(resource.node):
+                spaces.setdefault(class_of(resource.node), set()).add("node")
         assert all(len(found) == 1 for found in spaces.values()), spaces
         contents = [
             (*spaces[c.number], frozenset(c.selectors), tuple(str(p) for p in c.named_ports))
             for c in (getattr(r, "class") for r in self.named("class"))
         ]
         assert len(contents) == len(set(contents))
-        used = {
-            class_of(getattr(r, kind))
-            for kind in ("address", "prefix", "pod")
-            for r in self.named(kind)
-        }
-        assert used == {getattr(r, "class").number for r in self.named("class")}
+        assert spaces.keys() == {getattr(r, "class").number for r in self.named("class")}
         named = {r.policy.subject for r in self.named("policy")}
         named |= {p for r in self.named("policy") for rule in r.policy.rules for p in rule.peers}
         assert named == {r.selector.number for r in self.named("selector")}
+
+
+@dataclass
+class _Question:
+    """One flow as one end sees it."""
+
+    view: View
+    egress: bool
+    own: str
+    peer: str
+    target: str
+    protocol: int
+    port: int
+
+    def _policies(self) -> Iterator[pb.Policy]:
+        subject, _ = self.view.at(self.own)
+        for resource in self.view.named("policy"):
+            policy = resource.policy
+            if policy.subject in subject and (policy.egress if self.egress else policy.ingress):
+                yield policy
+
+    def by_cluster(self, tier: pb.Tier) -> tuple[bool, str, int | None] | None:
+        """None: it passed, or nothing matched."""
+        policies = [policy for policy in self._policies() if policy.tier == tier]
+        for policy in sorted(policies, key=lambda policy: (policy.priority, policy.name)):
+            for rule in policy.rules:
+                if rule.egress is self.egress and self._matches(rule):
+                    if rule.action == pb.ACTION_PASS:
+                        return None
+                    accepts = rule.action == pb.ACTION_ACCEPT
+                    return accepts, f"ClusterNetworkPolicy {policy.name}", rule.index
+        return None
+
+    def by_namespace(self) -> tuple[bool, str, int | None] | None:
+        policies = [p for p in self._policies() if p.tier == pb.TIER_NETWORK_POLICY]
+        if not policies:
+            return None
+        allowed = any(
+            rule.egress is self.egress and self._matches(rule)
+            for policy in policies
+            for rule in policy.rules
+        )
+        return allowed or self.view.is_node_of(self.own, self.peer), "NetworkPolicy", None
+
+    def _matches(self, rule: pb.Rule) -> bool:
+        others, _ = self.view.at(self.peer)
+        _, named = self.view.at(self.target)
+        if not rule.any_peer and not others.intersection(rule.peers):
+            return False
+        return not rule.ports or any(
+            p.protocol == self.protocol
+            and (
+                named.get((p.name, self.protocol)) == self.port
+                if p.name
+                else p.first <= self.port <= p.last
+            )
+            for p in rule.ports
+        )
 
 
 @dataclass
@@ -198,6 +267,7 @@ class State:
             "Service": compiler.service,
             "EndpointSlice": compiler.slice,
             "NetworkPolicy": compiler.policy,
+            "ClusterNetworkPolicy": lambda at, of: compiler.policy(at, of and of.policy),
         }[kind]
         update(at, parsed)
 

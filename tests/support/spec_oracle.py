@@ -179,9 +179,10 @@ class _Question:
 
     def has_cluster_rules(self) -> bool:
         return any(
-            policy["spec"].get(self.direction.lower())
+            not self._is_lost(rule)
             for policy in self.cluster.cluster_policies.values()
             if self._is_subject(policy["spec"]["subject"])
+            for rule in policy["spec"].get(self.direction.lower()) or []
         )
 
     def by_cluster_policies(self, tier: str) -> Decision | None:
@@ -203,19 +204,30 @@ class _Question:
                     return Decision(action == "Accept", tier, (Decider(name, index),))
         return None
 
-    def _action(self, rule: Json) -> str | None:
-        """Accept, Deny or Pass if the rule matches."""
-        kinds = PEERS[self.direction]
+    def _parts(self, rule: Json) -> tuple[list[Json], list[Json], bool]:
+        """Peers and protocols that are understood, and whether that is the whole rule."""
         peers = rule.get("from" if self.direction == INGRESS else "to") or []
         protocols = rule.get("protocols") or []
-        understood = [peer for peer in peers if _whole(peer, kinds)]
+        understood = [peer for peer in peers if _whole(peer, PEERS[self.direction])]
         readable = [protocol for protocol in protocols if _whole_protocol(protocol)]
-        lost = not peers or len(understood) < len(peers) or len(readable) < len(protocols)
-        if lost and rule["action"] != "Accept":
+        whole = bool(peers) and (understood, readable) == (peers, protocols)
+        return understood, readable, whole
+
+    def _is_lost(self, rule: Json) -> bool:
+        """An Accept of which nothing is understood."""
+        peers, protocols, _ = self._parts(rule)
+        return rule["action"] == "Accept" and (
+            not peers or (bool(rule.get("protocols")) and not protocols)
+        )
+
+    def _action(self, rule: Json) -> str | None:
+        """Accept, Deny or Pass if the rule matches."""
+        understood, readable, whole = self._parts(rule)
+        if not whole and rule["action"] != "Accept":
             return "Deny"
         if not any(self._is_cluster_peer(peer) for peer in understood):
             return None
-        if protocols and not any(self._is_protocol(protocol) for protocol in readable):
+        if rule.get("protocols") and not any(self._is_protocol(protocol) for protocol in readable):
             return None
         return str(rule["action"])
 

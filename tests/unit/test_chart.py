@@ -16,8 +16,8 @@ from support.tools import tool
 
 from weir.agent import config as agent_config
 from weir.operator import config as operator_config
-from weir.operator import pools
-from weir.operator.kinds import BLOCK_LIST, LOAD_BALANCER_POOL, NODE_LEASE
+from weir.operator import pools, wire
+from weir.operator.kinds import BLOCK_LIST, CLUSTER_POLICY, LOAD_BALANCER_POOL, NODE_LEASE
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "weir"
@@ -348,6 +348,68 @@ def test_the_operator_may_read_and_mark_blocklists() -> None:
         ("blocklists", "watch"),
         ("blocklists/status", "patch"),
     } <= allowed
+
+
+CLUSTER_POLICIES = "clusternetworkpolicies.policy.networking.k8s.io"
+
+
+def test_the_cluster_may_have_the_kind_of_clusternetworkpolicies_from_elsewhere() -> None:
+    crd = render()["CustomResourceDefinition", CLUSTER_POLICIES]
+    assert crd["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    assert "api-approved.kubernetes.io" in crd["metadata"]["annotations"]
+    [version] = crd["spec"]["versions"]
+    path = f"/apis/{crd['spec']['group']}/{version['name']}/{crd['spec']['names']['plural']}"
+    assert path == CLUSTER_POLICY.path
+    without = render("crds.clusterNetworkPolicies=false")
+    assert ("CustomResourceDefinition", CLUSTER_POLICIES) not in without
+    # The role is the same, for a kind from elsewhere.
+    for manifests in (render(), without):
+        allowed = {
+            (resource, verb)
+            for rule in manifests["ClusterRole", "weir-operator"]["rules"]
+            if crd["spec"]["group"] in rule["apiGroups"]
+            for resource in rule["resources"]
+            for verb in rule["verbs"]
+        }
+        assert allowed == {
+            *(("clusternetworkpolicies", verb) for verb in ("get", "list", "watch")),
+            ("clusternetworkpolicies/status", "patch"),
+        }
+
+
+def test_what_the_api_takes_of_clusternetworkpolicies_is_what_the_operator_reads() -> None:
+    crd = render()["CustomResourceDefinition", CLUSTER_POLICIES]
+    schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+
+    def fields(at: Manifest, *path: str) -> set[str]:
+        for name in path:
+            at = at["items"] if name == "[]" else at["properties"][name]
+        return set(at["properties"])
+
+    def read(struct: type[msgspec.Struct]) -> set[str]:
+        return {field.encode_name for field in msgspec.structs.fields(struct)}
+
+    assert fields(schema) == read(wire.ClusterPolicySpec)
+    assert fields(schema, "subject") == read(wire.ClusterSubject)
+    for side, peers, rule, peer in (
+        ("ingress", "from", wire.ClusterIngressRule, wire.ClusterSubject),
+        ("egress", "to", wire.ClusterEgressRule, wire.ClusterEgressPeer),
+    ):
+        assert fields(schema, side, "[]") == read(rule) | {"name"}
+        assert fields(schema, side, "[]", peers, "[]") == read(peer)
+        assert fields(schema, side, "[]", peers, "[]", "pods") == read(wire.NamespacedPod)
+        protocols = (side, "[]", "protocols", "[]")
+        assert fields(schema, *protocols) == read(wire.ClusterProtocol)
+        for name in ("tcp", "udp", "sctp"):
+            port = (*protocols, name, "destinationPort")
+            assert fields(schema, *port) == read(wire.DestinationPort)
+            assert fields(schema, *port, "range") == read(wire.DestinationRange)
+
+
+@pytest.mark.parametrize(("version", "checked"), [("1.30.0", False), ("1.31.2", True)])
+def test_cidrs_are_checked_where_the_api_server_can(version: str, checked: bool) -> None:
+    crd = render(version=version)["CustomResourceDefinition", CLUSTER_POLICIES]
+    assert ("isCIDR" in json.dumps(crd)) is checked
 
 
 def test_the_operator_may_give_addresses() -> None:

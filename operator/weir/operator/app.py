@@ -108,6 +108,7 @@ class App:
                 kinds.SERVICE,
                 kinds.SLICE,
                 kinds.POLICY,
+                kinds.CLUSTER_POLICY,
                 kinds.BLOCK_LIST,
                 kinds.LOAD_BALANCER_POOL,
             )
@@ -258,6 +259,8 @@ class App:
         yield Sample("weir_operator_host_port_conflicts", conflicts["Pod"])
         bad = self._model.blocklists.with_problems
         yield Sample("weir_operator_block_list_conflicts", bad)
+        bad = self._model.cluster_policies.with_problems
+        yield Sample("weir_operator_cluster_policies_invalid", bad)
         yield Sample("weir_operator_leader", bool(self._leader and self._leader.leading))
         yield Sample("weir_operator_announced_addresses", len(self._model.announcer.announced))
         if self._assignments is not None:

@@ -8,7 +8,16 @@ from typing import TypeVar
 
 import msgspec
 
-from weir.operator import blocklists, liveness, objects, policy, pools, services, wire
+from weir.operator import (
+    blocklists,
+    cluster_policy,
+    liveness,
+    objects,
+    policy,
+    pools,
+    services,
+    wire,
+)
 from weir.operator.objects import Parsed
 from weir.operator.reflector import Kind, Reader
 
@@ -36,6 +45,12 @@ POLICY = Kind(
     "/apis/networking.k8s.io/v1/networkpolicies",
     reader(wire.NetworkPolicy, policy.parse_policy),
     policy.unreadable_policy,
+)
+CLUSTER_POLICY = Kind(
+    cluster_policy.KIND,
+    cluster_policy.PATH,
+    cluster_policy.read_cluster_policy,
+    optional=True,
 )
 BLOCK_LIST = Kind(
     blocklists.KIND,

@@ -21,6 +21,7 @@ from weir.api.address import Addr
 from weir.operator.announcer import Announcer
 from weir.operator.blocklists import BlockLists
 from weir.operator.claims import Claims, Tell
+from weir.operator.cluster_policy import ClusterPolicies
 from weir.operator.compiler import Compiler
 from weir.operator.conditions import Conditions
 from weir.operator.objects import Key, Problem
@@ -31,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 # In the order of the first compilation.
 ORDER = (
-    *("Namespace", "NetworkPolicy", "Node", "Pod", "Service", "EndpointSlice"),
-    *("BlockList", "LoadBalancerPool"),
+    *("Namespace", "NetworkPolicy", "ClusterNetworkPolicy", "Node", "Pod"),
+    *("Service", "EndpointSlice", "BlockList", "LoadBalancerPool"),
 )
 PROBLEMS_LOGGED = 5  # of one object at a time
 YIELD_EVERY = 500  # objects of the first compilation between turns for others
@@ -49,6 +50,7 @@ class Model:
     compiler: Compiler = field(default_factory=Compiler)
     claims: Claims = field(init=False)
     blocklists: BlockLists = field(init=False)
+    cluster_policies: ClusterPolicies = field(init=False)
     announcer: Announcer = field(default_factory=Announcer)
     conditions: Conditions = field(default_factory=lambda: Conditions(asyncio.Event()))
     compile_seconds: float = 0.0
@@ -62,6 +64,7 @@ class Model:
     def __post_init__(self) -> None:
         self.claims = Claims(self.compiler, self._conflict)
         self.blocklists = BlockLists(self._conflict, self.conditions)
+        self.cluster_policies = ClusterPolicies(self._conflict, self.conditions)
 
     # Consumer
 
@@ -145,6 +148,8 @@ class Model:
                 self.compiler.namespace(key, new)
             case "NetworkPolicy":
                 self.compiler.policy(key, new)
+            case "ClusterNetworkPolicy":
+                self.compiler.policy(key, self.cluster_policies.change(key, new))
             case "Node":
                 self.claims.node(key, new)
                 self.blocklists.node(key, new)

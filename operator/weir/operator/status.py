@@ -47,6 +47,10 @@ HELP = {
         "gauge",
         "BlockLists with prefixes that cannot be read or would cut the cluster itself.",
     ),
+    "weir_operator_cluster_policies_invalid": (
+        "gauge",
+        "ClusterNetworkPolicies with something that cannot be understood.",
+    ),
     "weir_operator_leader": ("gauge", "1 on the replica that writes to the API server."),
     "weir_operator_announced_addresses": ("gauge", "Addresses that some node announces."),
     "weir_operator_pool_ipv4_used": ("gauge", "IPv4 addresses given, by pool; the leader's."),

@@ -278,3 +278,70 @@ class PolicySpec(Struct):
 
 class NetworkPolicy(Named):
     spec: PolicySpec = msgspec.field(default_factory=PolicySpec)
+
+
+# ClusterNetworkPolicy, of v1alpha2
+
+
+class NamespacedPod(Struct):
+    namespace_selector: LabelSelector | None = None
+    pod_selector: LabelSelector | None = None
+
+
+class ClusterSubject(Struct):
+    """Of an ingress rule's peer, too."""
+
+    namespaces: LabelSelector | None = None
+    pods: NamespacedPod | None = None
+
+
+class ClusterEgressPeer(ClusterSubject):
+    nodes: LabelSelector | None = None
+    networks: list[str] | None = None
+
+
+class DestinationRange(Struct):
+    start: int | None = None
+    end: int | None = None
+
+
+class DestinationPort(Struct):
+    number: int | None = None
+    range: DestinationRange | None = None
+
+
+class ProtocolMatch(Struct):
+    destination_port: DestinationPort | None = None
+
+
+class ClusterProtocol(Struct):
+    tcp: ProtocolMatch | None = None
+    udp: ProtocolMatch | None = None
+    sctp: ProtocolMatch | None = None
+    destination_named_port: str | None = None
+
+
+class ClusterIngressRule(Struct):
+    action: str = ""
+    from_: list[ClusterSubject] | None = msgspec.field(default=None, name="from")
+    protocols: list[ClusterProtocol] | None = None
+
+
+class ClusterEgressRule(Struct):
+    action: str = ""
+    to: list[ClusterEgressPeer] | None = None
+    protocols: list[ClusterProtocol] | None = None
+
+
+class ClusterPolicySpec(Struct):
+    tier: str = ""
+    priority: int | None = None
+    subject: ClusterSubject = msgspec.field(default_factory=ClusterSubject)
+    ingress: list[ClusterIngressRule] | None = None
+    egress: list[ClusterEgressRule] | None = None
+
+
+class ClusterNetworkPolicy(Named):
+    spec: ClusterPolicySpec = msgspec.field(default_factory=ClusterPolicySpec)
+    # Read apart, so that an odd status does not make the policy unreadable.
+    status: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)

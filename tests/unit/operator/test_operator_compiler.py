@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiler against a naive reading of the spec, over random clusters and changes."""
+"""The compiler against a naive reading of the specs, over random clusters and changes."""
 
 from __future__ import annotations
 
 import ipaddress
+from collections import Counter
 from random import Random
 from typing import Any
 
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, Phase, given, settings
 from support.operator_state import State, View, class_of, key
-from support.spec_oracle import Cluster
+from support.spec_oracle import (
+    ADMIN,
+    AUDIT,
+    BASELINE,
+    EGRESS,
+    INGRESS,
+    NETWORK_POLICY,
+    Cluster,
+    Decision,
+)
 
 from weir.api.address import Addr, parse, text
 
@@ -20,9 +30,14 @@ Action = tuple[str, str, str, Any]
 NAMESPACES = ["blue", "green", "red"]
 NAMES = ["p0", "p1", "p2", "p3", "p4"]
 POLICIES = ["n0", "n1", "n2"]
+CLUSTER_POLICIES = ["c0", "c1", "c2", "c3"]
 V4 = [f"10.0.0.{i}" for i in (1, 2, 3, 4, 5, 129, 130, 131)] + ["10.0.1.1"]
 V6 = ["fd00::1", "fd00::2", "fd00::3", "fd00:1::1"]
 OUTSIDE = ["10.0.0.99", "192.0.2.1", "192.0.2.200", "2001:db8::1", "fd00::99"]
+NODES = {
+    "n": [("InternalIP", "192.0.2.1"), ("ExternalIP", "2001:db8::1"), ("Hostname", "n")],
+    "m": [("Hostname", "192.0.2.200"), ("InternalDNS", "m.example")],
+}
 BLOCKS: list[tuple[str, list[str]]] = [
     ("0.0.0.0/0", []),
     ("0.0.0.0/0", ["10.0.0.0/8"]),
@@ -45,6 +60,14 @@ POLICY_PORTS: list[Json] = [
     {"port": "web"},
     {"port": "web", "protocol": "UDP"},
     {"port": "api"},
+]
+PROTOCOLS: list[Json] = [
+    {"tcp": {"destinationPort": {"number": 80}}},
+    {"tcp": {"destinationPort": {"range": {"start": 80, "end": 81}}}},
+    {"udp": {"destinationPort": {"number": 80}}},
+    {"destinationNamedPort": "web"},
+    {"destinationNamedPort": "api"},
+    {"later": {}},
 ]
 CONTAINER_PORTS: list[Json] = [
     {"name": "web", "containerPort": 80},
@@ -109,6 +132,49 @@ def some_policy(rng: Random) -> Json:
     return spec
 
 
+def some_wide_selector(rng: Random) -> Json:
+    return {} if rng.random() < 0.5 else some_selector(rng)
+
+
+def some_cluster_peer(rng: Random, side: str) -> Json:
+    kind = rng.random()
+    if kind < 0.03:
+        return {"later": {}}
+    if side == "to" and kind < 0.35:
+        return {"networks": rng.sample([cidr for cidr, _ in BLOCKS[::2]], rng.randint(1, 2))}
+    if side == "to" and kind < 0.6:
+        return {"nodes": some_wide_selector(rng)}
+    if kind < 0.75:
+        return {"namespaces": some_wide_selector(rng)}
+    namespaces = some_wide_selector(rng)
+    return {"pods": {"namespaceSelector": namespaces, "podSelector": some_selector(rng)}}
+
+
+def some_cluster_rules(rng: Random, side: str) -> list[Json]:
+    made = []
+    for _ in range(rng.randint(0, 3)):
+        peers = [some_cluster_peer(rng, side) for _ in range(rng.randint(1, 2))]
+        rule: Json = {"action": rng.choice(["Accept", "Deny", "Pass"]), side: peers}
+        if rng.random() < 0.5:
+            rule["protocols"] = rng.sample(PROTOCOLS, rng.randint(1, 2))
+        made.append(rule)
+    return made
+
+
+def some_cluster_policy(rng: Random) -> Json:
+    subject: Json = {"namespaces": some_wide_selector(rng)}
+    if rng.random() < 0.5:
+        selector = some_selector(rng)
+        subject = {"pods": {"namespaceSelector": some_wide_selector(rng), "podSelector": selector}}
+    return {
+        "tier": rng.choice(["Admin", "Baseline"]),
+        "priority": rng.randint(0, 2),
+        "subject": subject,
+        "ingress": some_cluster_rules(rng, "from"),
+        "egress": some_cluster_rules(rng, "to"),
+    }
+
+
 def some_pod(rng: Random) -> Json:
     usual = rng.random() < 0.8
     return {
@@ -118,26 +184,39 @@ def some_pod(rng: Random) -> Json:
         "v6": rng.choice([*V6, ""]),
         "phase": "Running" if usual else rng.choice(["Running", "Succeeded", "Pending"]),
         "host": not usual and rng.random() < 0.3,
-        "node": "n" if usual else rng.choice(["n", ""]),
+        "node": rng.choice(["n", "m"]) if usual else rng.choice(["n", "elsewhere", ""]),
         "uid": "b" if rng.random() < 0.1 else "a",
     }
+
+
+def some_namespace(rng: Random) -> Json:
+    annotations = {AUDIT: rng.choice(["true", "false", "yes"])} if rng.random() < 0.3 else {}
+    return {"labels": some_labels(rng), "annotations": annotations}
 
 
 def some_action(rng: Random) -> Action:
     namespace = rng.choice(NAMESPACES)
     kind = rng.random()
+    if kind < 0.12:
+        return ("namespace", namespace, "", some_namespace(rng))
     if kind < 0.15:
-        return ("namespace", namespace, "", some_labels(rng))
-    if kind < 0.18:
         return ("no namespace", namespace, "", None)
-    if kind < 0.6:
+    if kind < 0.5:
         return ("pod", namespace, rng.choice(NAMES), some_pod(rng))
-    if kind < 0.65:
+    if kind < 0.55:
         return ("no pod", namespace, rng.choice(NAMES), None)
-    if kind < 0.9:
+    if kind < 0.7:
         return ("policy", namespace, rng.choice(POLICIES), some_policy(rng))
-    if kind < 0.95:
+    if kind < 0.74:
         return ("no policy", namespace, rng.choice(POLICIES), None)
+    if kind < 0.86:
+        return ("cluster policy", "", rng.choice(CLUSTER_POLICIES), some_cluster_policy(rng))
+    if kind < 0.89:
+        return ("no cluster policy", "", rng.choice(CLUSTER_POLICIES), None)
+    if kind < 0.94:
+        return ("node", "", rng.choice([*NODES]), some_labels(rng))
+    if kind < 0.95:
+        return ("no node", "", rng.choice([*NODES]), None)
     return ("flush", "", "", None)
 
 
@@ -146,7 +225,7 @@ def change(cluster: Cluster, action: Action) -> None:
     meta = {"namespace": namespace, "name": name}
     match what:
         case "namespace":
-            cluster.namespaces[namespace] = {"metadata": {"name": namespace, "labels": value}}
+            cluster.namespaces[namespace] = {"metadata": {"name": namespace, **value}}
         case "no namespace":
             cluster.namespaces.pop(namespace, None)
         case "pod":
@@ -177,6 +256,16 @@ def change(cluster: Cluster, action: Action) -> None:
             cluster.policies[namespace, name] = {"metadata": meta, "spec": value}
         case "no policy":
             cluster.policies.pop((namespace, name), None)
+        case "cluster policy":
+            cluster.cluster_policies[name] = {"metadata": {"name": name}, "spec": value}
+        case "no cluster policy":
+            cluster.cluster_policies.pop(name, None)
+        case "node":
+            listed = [{"type": kind, "address": address} for kind, address in NODES[name]]
+            status = {"addresses": listed}
+            cluster.nodes[name] = {"metadata": {"name": name, "labels": value}, "status": status}
+        case "no node":
+            cluster.nodes.pop(name, None)
 
 
 def apply(state: State, cluster: Cluster, action: Action) -> None:
@@ -186,6 +275,10 @@ def apply(state: State, cluster: Cluster, action: Action) -> None:
         state.set("Namespace", key("", namespace), cluster.namespaces.get(namespace))
     elif what.endswith("pod"):
         state.set("Pod", key(namespace, name), cluster.pods.get((namespace, name)))
+    elif what.endswith("cluster policy"):
+        state.set("ClusterNetworkPolicy", key("", name), cluster.cluster_policies.get(name))
+    elif what.endswith("node"):
+        state.set("Node", key("", name), cluster.nodes.get(name))
     elif what.endswith("policy"):
         state.set("NetworkPolicy", key(namespace, name), cluster.policies.get((namespace, name)))
     else:
@@ -198,31 +291,54 @@ def from_scratch(cluster: Cluster) -> View:
         state.set("Pod", key(namespace, name), pod)
     for (namespace, name), policy in cluster.policies.items():
         state.set("NetworkPolicy", key(namespace, name), policy)
+    for name, policy in cluster.cluster_policies.items():
+        state.set("ClusterNetworkPolicy", key("", name), policy)
+    for name, node in cluster.nodes.items():
+        state.set("Node", key("", name), node)
     for name, namespace_object in cluster.namespaces.items():
         state.set("Namespace", key("", name), namespace_object)
     state.flush()
     return state.view
 
 
-def all_pairs_agree(cluster: Cluster, view: View) -> int:
-    """How many were denied, so that a test can see that it tests something."""
-    denied = 0
+def all_pairs_agree(cluster: Cluster, view: View) -> Counter[tuple[str, bool]]:
+    """How often each tier allowed and denied, so that a test can see that it tests something."""
+    counts: Counter[tuple[str, bool]] = Counter()
     addresses = V4 + V6 + OUTSIDE
     for source in addresses:
         for target in addresses:
             if ipaddress.ip_address(source).version != ipaddress.ip_address(target).version:
                 continue
+            if source == target:
+                assert cluster.allows(source, target, "TCP", 80)
+                continue
             for protocol, port in PORTS:
-                wanted = cluster.allows(source, target, protocol, port)
-                got = view.allows(source, target, protocol, port)
-                assert got == wanted, (source, target, protocol, port)
-                denied += not wanted
-    return denied
+                for direction in (EGRESS, INGRESS):
+                    question = (source, target, protocol, port)
+                    decision = cluster.decision(direction, *question)
+                    got = view.decides(direction == EGRESS, *question)
+                    assert got == decided(decision), (direction, *question)
+                    counts[decision.tier, decision.allowed] += 1
+    for address in V4 + V6:
+        pod = cluster.pod_at(address)
+        if pod is not None:
+            told = view.resources[f"pod/{pod['metadata']['uid']}"].pod.audit
+            assert told == cluster.audited(address), address
+            counts["audited", told] += 1
+    return counts
+
+
+def decided(by: Decision) -> tuple[bool, str, int | None]:
+    """As View.decides says it."""
+    if by.tier in ("", NETWORK_POLICY):
+        return by.allowed, by.tier, None
+    (decider,) = by.by
+    return by.allowed, decider.policy, decider.rule
 
 
 # The same seeds each time: others are for a search of its own (more examples, derandomize off).
 @settings(
-    max_examples=30, deadline=None, phases=[Phase.generate], derandomize=True,
+    max_examples=20, deadline=None, phases=[Phase.generate], derandomize=True,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(st.integers(0, 2**32))
@@ -230,12 +346,13 @@ def test_resources_join_to_what_the_spec_says(seed: int) -> None:
     """Shrinking numbers that only seed a generator helps nobody: the seed is the report."""
     rng = Random(seed)
     cluster, state = Cluster(), State()
-    script: list[Action] = [("namespace", name, "", some_labels(rng)) for name in NAMESPACES]
-    script += [some_action(rng) for _ in range(80)]
+    script: list[Action] = [("namespace", name, "", some_namespace(rng)) for name in NAMESPACES]
+    script += [("node", "", name, some_labels(rng)) for name in NODES]
+    script += [some_action(rng) for _ in range(95)]
     for done, action in enumerate(script):
         change(cluster, action)
         apply(state, cluster, action)
-        if done == 60:
+        if done == 70:
             state.flush()
             all_pairs_agree(cluster, state.view)
     state.flush()
@@ -245,15 +362,18 @@ def test_resources_join_to_what_the_spec_says(seed: int) -> None:
 
 
 def test_random_clusters_deny_and_allow() -> None:
-    rng = Random(1)
-    cluster, state = Cluster(), State()
-    for name in NAMESPACES:
-        apply_both(state, cluster, ("namespace", name, "", {"app": "a"}))
-    for _ in range(80):
-        apply_both(state, cluster, some_action(rng))
-    state.flush()
-    denied = all_pairs_agree(cluster, state.view)
-    assert 100 < denied < 600
+    counts: Counter[tuple[str, bool]] = Counter()
+    for seed in range(6):
+        rng = Random(seed)
+        cluster, state = Cluster(), State()
+        for name in NAMESPACES:
+            apply_both(state, cluster, ("namespace", name, "", some_namespace(rng)))
+        for _ in range(95):
+            apply_both(state, cluster, some_action(rng))
+        state.flush()
+        counts += all_pairs_agree(cluster, state.view)
+    for tier in (ADMIN, NETWORK_POLICY, BASELINE, "audited"):
+        assert min(counts[tier, allowed] for allowed in (False, True)) > 1, counts
 
 
 def apply_both(state: State, cluster: Cluster, action: Action) -> None:
