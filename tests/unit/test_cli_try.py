@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -26,13 +27,12 @@ from weir.cli.cluster import Objects
 from weir.cli.errors import CliError
 from weir.cli.forecast import Flow
 from weir.cli.main import parser
-from weir.cli.source import Answer, Question, Show
+from weir.cli.source import Answer, Kubectl, Question, Show
 from weir.operator.objects import Key
 
 Json = dict[str, Any]
-KINDS = ("Namespace", "Node", "Pod", *cluster.POLICY_KINDS)
 LISTS = {"namespaces": "Namespace", "nodes": "Node", "pods": "Pod",
-         **{name: kind for kind, name in cluster.RESOURCES.items()}}  # fmt: skip
+         **{made.resource: kind for kind, made in cluster.POLICY_KINDS.items()}}  # fmt: skip
 NUMBERS = {"TCP": 6, "UDP": 17}
 
 
@@ -40,7 +40,8 @@ class FakeKubectl:
     def __init__(self, *objects: Json) -> None:
         self.objects = objects
 
-    def get(self, resource: str) -> str:
+    def get(self, resource: str, *, optional: bool = False) -> str:
+        assert optional is resource.startswith("clusternetworkpolicies")
         items = [thing for thing in self.objects if thing["kind"] == LISTS[resource]]
         return json.dumps({"kind": "List", "metadata": {"resourceVersion": ""}, "items": items})
 
@@ -85,6 +86,15 @@ def policy(where: str, name: str, **spec: Any) -> Json:
     }
 
 
+def cluster_policy(name: str, **spec: Any) -> Json:
+    return {
+        "apiVersion": "policy.networking.k8s.io/v1alpha2",
+        "kind": "ClusterNetworkPolicy",
+        "metadata": meta(name),
+        "spec": spec,
+    }
+
+
 # ---- against the oracle
 
 BLOCKS = ["10.1.0.0/24", "10.0.0.0/8", "192.0.2.0/24", "0.0.0.0/0"]
@@ -94,6 +104,14 @@ PORTS: list[Json] = [
 ADDRESSES = [
     *("10.1.0.1", "10.1.0.2", "10.2.0.1", "10.2.0.2"),
     *("10.1.0.77", "192.0.2.1", "192.0.2.2", "198.51.100.1"),
+]
+
+
+PROTOCOLS: list[Json] = [
+    {"tcp": {"destinationPort": {"number": 80}}},
+    {"tcp": {"destinationPort": {"range": {"start": 81, "end": 90}}}},
+    {"udp": {"destinationPort": {"number": 80}}},
+    {"destinationNamedPort": "web"},
 ]
 
 
@@ -141,11 +159,40 @@ def some_cluster(rng: Random) -> list[Json]:
             if rng.random() < 0.7:
                 spec[direction] = [some_rule(rng, side) for _ in range(rng.randint(0, 2))]
         made.append(policy(rng.choice(["blue", "red"]), f"n{i}", **spec))
-    return made
+    return made + [some_cluster_policy(rng, f"c{i}") for i in range(rng.randint(0, 4))]
+
+
+def some_cluster_peer(rng: Random, side: str) -> Json:
+    kind = rng.random()
+    if kind < 0.3:
+        return {"namespaces": some_selector(rng)}
+    if kind < 0.6 or side == "from":
+        return {
+            "pods": {"namespaceSelector": some_selector(rng), "podSelector": some_selector(rng)}
+        }
+    return {"networks": [rng.choice(BLOCKS)]} if kind < 0.8 else {"nodes": some_selector(rng)}
+
+
+def some_cluster_policy(rng: Random, name: str) -> Json:
+    spec: Json = {
+        "tier": rng.choice(["Admin", "Baseline"]),
+        "priority": rng.randint(0, 2),
+        "subject": {"namespaces": some_selector(rng)},
+    }
+    for direction, side in (("ingress", "from"), ("egress", "to")):
+        spec[direction] = [
+            {
+                "action": rng.choice(["Accept", "Deny", "Pass"]),
+                side: [some_cluster_peer(rng, side) for _ in range(rng.randint(1, 2))],
+                **({"protocols": [rng.choice(PROTOCOLS)]} if rng.random() < 0.5 else {}),
+            }
+            for _ in range(rng.randint(0, 2))
+        ]
+    return cluster_policy(name, **spec)
 
 
 @settings(
-    max_examples=40, deadline=None, phases=[Phase.generate], derandomize=True,
+    max_examples=80, deadline=None, phases=[Phase.generate], derandomize=True,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(st.integers(0, 2**32))
@@ -163,8 +210,12 @@ def test_every_end_is_judged_as_the_specs_say(seed: int) -> None:
                     side = EGRESS if outcome.direction == "egress" else INGRESS
                     wanted = spec.decision(side, source, target, protocol, port)
                     assert outcome.allowed == wanted.allowed, (seed, side, source, target, port)
-                    if wanted.tier == spec_oracle.NETWORK_POLICY and not wanted.allowed:
+                    if not wanted.allowed and wanted.by:
                         assert all(by.policy in outcome.because for by in wanted.by), outcome
+                    if wanted.tier in (spec_oracle.ADMIN, spec_oracle.BASELINE):
+                        [by] = wanted.by
+                        rule = f"{outcome.direction} rule {by.rule} of {by.policy} "
+                        assert outcome.because.startswith(rule), (seed, outcome, wanted)
 
 
 # ---- the command
@@ -261,6 +312,25 @@ def test_newly_allowed_by_a_deletion(capsys: pytest.CaptureFixture[str]) -> None
     assert (told["flows"], told["newly_denied"], told["problems"]) == (1, [], [])
 
 
+ADMIN = cluster_policy(
+    "no-db", tier="Admin", priority=5, subject={"namespaces": {}},
+    ingress=[{"action": "Deny", "from": [{"namespaces": {}}],
+              "protocols": [{"tcp": {"destinationPort": {"number": 5432}}}]}],
+)  # fmt: skip
+
+
+def test_a_cluster_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "admin.yaml"
+    path.write_text(json.dumps(ADMIN))
+    source = FakeSource([V4, flow("10.1.0.1", "10.1.0.2", 80)])
+    assert attempted(source, "-f", str(path), "-o", "json", objects=(*SHOP, OPEN)) == 2
+    [changed] = json.loads(capsys.readouterr().out)["newly_denied"]
+    assert changed["because"] == "ingress rule 0 of ClusterNetworkPolicy no-db denies it"
+    assert changed["before"] == "ingress rule 0 of shop/open accepts it"
+    words = ("--delete", "clusternetworkpolicy/no-db")
+    assert attempted(source, *words, objects=(*SHOP, ADMIN)) == 2
+
+
 def test_a_changed_policy_replaces_the_one_of_its_name(tmp_path: Path) -> None:
     path = tmp_path / "open.yaml"
     path.write_text(json.dumps({**OPEN, "metadata": {"name": "shut", "namespace": "shop"}}))
@@ -282,7 +352,7 @@ def test_problems_of_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert attempted(FakeSource([V4]), "-f", str(path)) == 1
     said = capsys.readouterr()
     assert "NetworkPolicy shop/only-api: spec.policyTypes[0]: unknown type 'Sideways'" in said.err
-    assert "Deployment ?: no policy, left out" in said.err
+    assert "Deployment ? (None): no policy that Weir knows, left out" in said.err
     assert "1 newly denied" in said.out
 
 
@@ -291,6 +361,7 @@ def test_problems_of_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [
         ({**ONLY_API, "spec": {"podSelector": []}}, "object"),
         ({**ONLY_API, "metadata": {}}, "metadata.name"),
+        (cluster_policy("x", tier="Sideways", priority=1, subject={}), "spec.tier"),
     ],
 )
 def test_what_is_no_policy_at_all(
@@ -347,6 +418,31 @@ def test_icmp_has_no_port() -> None:
     item = flow("10.1.0.1", "10.1.0.2", port=77, protocol="ICMP")
     seen, _ = attempt.flows(FakeSource([item, {**item, "protocol": "47"}]))
     assert {(f.protocol, f.port) for f in seen} == {(1, 0), (47, 77)}
+
+
+KUBECTL = """#!/bin/sh
+case "$*" in
+*"get missing "*) echo "error: the server doesn't have a resource type \"missing\"" >&2; exit 1;;
+*"get refused "*) echo "Error from server (Forbidden): no" >&2; exit 1;;
+*"get pods --all-namespaces -o json") echo '{"metadata": {}, "items": []}';;
+*"config view"*) echo "shop";;
+esac
+"""
+
+
+def test_kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "kubectl"
+    script.write_text(KUBECTL)
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    kubectl = Kubectl("kube-system", context="lab")
+    assert kubectl.default_namespace() == "shop"
+    for resource in ("pods", "missing"):
+        assert json.loads(kubectl.get(resource, optional=True))["items"] == []
+    with pytest.raises(CliError, match="resource type"):
+        kubectl.get("missing")
+    with pytest.raises(CliError, match="Forbidden"):
+        kubectl.get("refused", optional=True)
 
 
 def test_names() -> None:

@@ -33,15 +33,16 @@ def run(arguments: argparse.Namespace, where: Source, kubectl: Kubectl) -> int:
         raise CliError("nothing to try", "Give policies by -f FILE, or --delete one.")
     given, troubles, others = cluster.read_files(arguments.file, kubectl.default_namespace())
     for other in others:
-        print(f"{other}: no policy, left out", file=sys.stderr)
+        print(f"{other}: no policy that Weir knows, left out", file=sys.stderr)
     for trouble in troubles:
         print(trouble.text(), file=sys.stderr)
     objects = cluster.read_cluster(kubectl)
     wanted = {**objects.policies, **given}
     for words in arguments.delete:
         deleted = cluster.parse_deletion(words)
-        if wanted.pop(deleted, None) is None:
+        if deleted not in wanted:
             raise CliError(f"--delete {words}: there is none", "See `kubectl get`.")
+        del wanted[deleted]
     old, new = Cluster(objects), Cluster(dataclasses.replace(objects, policies=wanted))
     seen, errors = flows(where)
     for node, error in errors.items():

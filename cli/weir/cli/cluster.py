@@ -19,27 +19,54 @@ import yaml
 from weir.cli.errors import CliError
 from weir.cli.source import Kubectl
 from weir.operator import kinds, wire
+from weir.operator.cluster_policy import ClusterPolicy
 from weir.operator.objects import Key, Namespace, Node, Parsed, Pod, Problem, key_of
 from weir.operator.policy import NetworkPolicy
 from weir.operator.reflector import Kind
 
-POLICY_KINDS: dict[str, Kind[Any]] = {"NetworkPolicy": kinds.POLICY}
-GROUPS = {"NetworkPolicy": "networking.k8s.io"}
-RESOURCES = {"NetworkPolicy": "networkpolicies.networking.k8s.io"}
-NAMESPACED = {"NetworkPolicy"}
-# How `--delete` may name them.
-SHORT = {"netpol": "NetworkPolicy", "networkpolicy": "NetworkPolicy",
-         "networkpolicies": "NetworkPolicy"}  # fmt: skip
+
+@dataclass(frozen=True, slots=True)
+class PolicyKind:
+    """words: how `--delete` may name it."""
+
+    kind: Kind[Any]
+    version: str
+    resource: str
+    namespaced: bool
+    words: frozenset[str]
+
+
+POLICY_KINDS = {
+    made.kind.name: made
+    for made in (
+        PolicyKind(
+            kinds.POLICY,
+            "networking.k8s.io/v1",
+            "networkpolicies.networking.k8s.io",
+            True,
+            frozenset({"networkpolicy", "networkpolicies", "netpol"}),
+        ),
+        PolicyKind(
+            kinds.CLUSTER_POLICY,
+            "policy.networking.k8s.io/v1alpha2",
+            "clusternetworkpolicies.v1alpha2.policy.networking.k8s.io",
+            False,
+            frozenset({"clusternetworkpolicy", "clusternetworkpolicies", "cnp"}),
+        ),
+    )
+}
+PolicyKey = tuple[str, Key]
+"""Of a kind."""
 
 
 @dataclass(frozen=True, slots=True)
 class Objects:
-    """policies: by kind and key."""
+    """policies: what is in force of each, None: nothing."""
 
     namespaces: dict[Key, Namespace] = field(default_factory=dict)
     nodes: dict[Key, Node] = field(default_factory=dict)
     pods: dict[Key, Pod] = field(default_factory=dict)
-    policies: dict[tuple[str, Key], NetworkPolicy] = field(default_factory=dict)
+    policies: dict[PolicyKey, NetworkPolicy | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +86,15 @@ def read_cluster(kubectl: Kubectl) -> Objects:
     found.namespaces.update(_listed(kubectl, "namespaces", kinds.NAMESPACE))
     found.nodes.update(_listed(kubectl, "nodes", kinds.NODE))
     found.pods.update(_listed(kubectl, "pods", kinds.POD))
-    for name, kind in POLICY_KINDS.items():
-        for key, policy in _listed(kubectl, RESOURCES[name], kind):
-            found.policies[name, key] = policy
+    for name, made in POLICY_KINDS.items():
+        for key, value in _listed(kubectl, made.resource, made.kind):
+            found.policies[name, key] = _in_force(value)
     return found
 
 
 def _listed(kubectl: Kubectl, resource: str, kind: Kind[Any]) -> Iterator[tuple[Key, Any]]:
-    for raw in msgspec.json.decode(kubectl.get(resource), type=wire.Page).items or ():
+    listed = kubectl.get(resource, optional=kind.optional)
+    for raw in msgspec.json.decode(listed, type=wire.Page).items or ():
         key = key_of(msgspec.json.decode(raw, type=wire.Identified).metadata)
         value = _read(kind, key, raw).value
         if value is not None:
@@ -81,33 +109,40 @@ def _read(kind: Kind[Any], key: Key, raw: msgspec.Raw) -> Parsed[Any]:
         return Parsed(kind.unreadable(key), (Problem("", f"cannot be read: {error}"),))
 
 
+def _in_force(value: NetworkPolicy | ClusterPolicy) -> NetworkPolicy | None:
+    return value.policy if isinstance(value, ClusterPolicy) else value
+
+
 def read_files(
     names: Sequence[str], namespace: str
-) -> tuple[dict[tuple[str, Key], Any], list[Trouble], list[str]]:
+) -> tuple[dict[PolicyKey, NetworkPolicy | None], list[Trouble], list[str]]:
     """Policies of YAML or JSON files ("-": standard input), what is wrong with them, and what else
     was there. `namespace`: of those that name none."""
-    policies: dict[tuple[str, Key], Any] = {}
+    policies: dict[PolicyKey, NetworkPolicy | None] = {}
     troubles: list[Trouble] = []
     others: list[str] = []
     for name in names:
         for document in _documents(name):
             kind, meta = str(document.get("kind")), document.get("metadata") or {}
-            group = str(document.get("apiVersion")).partition("/")[0]
             label = f"{kind} {meta.get('name', '?') if isinstance(meta, dict) else '?'}"
-            if kind not in POLICY_KINDS or GROUPS[kind] != group:
-                others.append(label)
+            made = POLICY_KINDS.get(kind)
+            if made is None or document.get("apiVersion") != made.version:
+                others.append(f"{label} ({document.get('apiVersion')})")
                 continue
             if not isinstance(meta, dict) or not meta.get("name"):
                 troubles.append(Trouble(label, "metadata.name", "a policy needs a name"))
                 continue
-            if kind in NAMESPACED:
+            if made.namespaced:
                 document["metadata"] = meta = {"namespace": namespace, **meta}
-            key = Key(str(meta.get("namespace", "")), str(meta["name"]))
+            key = Key(str(meta["namespace"]) if made.namespaced else "", str(meta["name"]))
             raw = msgspec.Raw(msgspec.json.encode(document, enc_hook=str))
-            parsed = _read(POLICY_KINDS[kind], key, raw)
-            troubles += [Trouble(f"{kind} {key}", p.field, p.message) for p in parsed.problems]
+            parsed = _read(made.kind, key, raw)
+            problems = parsed.problems
+            if isinstance(parsed.value, ClusterPolicy):
+                problems += parsed.value.problems
+            troubles += [Trouble(f"{kind} {key}", p.field, p.message) for p in problems]
             if parsed.value is not None:
-                policies[kind, key] = parsed.value
+                policies[kind, key] = _in_force(parsed.value)
     return policies, troubles, others
 
 
@@ -133,12 +168,12 @@ def _documents(name: str) -> Iterator[dict[str, Any]]:
             yield document
 
 
-def parse_deletion(text: str) -> tuple[str, Key]:
+def parse_deletion(text: str) -> PolicyKey:
     """kind/namespace/name, or kind/name of what has no namespace."""
     word, *rest = text.split("/")
-    kind = SHORT.get(word.lower())
-    if kind is None or not all(rest) or len(rest) != 1 + (kind in NAMESPACED):
-        raise CliError(
-            f"--delete {text}", "Write networkpolicy/NAMESPACE/NAME or clusternetworkpolicy/NAME."
-        )
-    return kind, Key("", rest[0]) if len(rest) == 1 else Key(*rest)
+    for kind, made in POLICY_KINDS.items():
+        if word.lower() in made.words and all(rest) and len(rest) == 1 + made.namespaced:
+            return kind, Key(*rest) if made.namespaced else Key("", *rest)
+    raise CliError(
+        f"--delete {text}", "Write networkpolicy/NAMESPACE/NAME or clusternetworkpolicy/NAME."
+    )

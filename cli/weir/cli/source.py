@@ -28,6 +28,7 @@ AT_ONCE = 16
 TIMEOUT_SECONDS = 20
 LIST_SECONDS = 30
 OBJECTS_SECONDS = 120
+NO_SUCH_KIND = "doesn't have a resource type"
 REACH = "Check that kubectl reaches the cluster (KUBECONFIG, --kubeconfig, --context)."
 
 
@@ -216,9 +217,12 @@ class Kubectl:
                 process.terminate()
                 process.wait()
 
-    def get(self, resource: str) -> str:
-        """All objects of a kind in all namespaces, as JSON."""
+    def get(self, resource: str, *, optional: bool = False) -> str:
+        """All objects of a kind in all namespaces, as JSON. optional: a cluster that does not have
+        the kind has none of it."""
         done = self._run(["get", resource, "--all-namespaces", "-o", "json"], OBJECTS_SECONDS)
+        if done.returncode and optional and NO_SUCH_KIND in done.stderr:
+            return '{"metadata": {}, "items": []}'
         if done.returncode:
             raise CliError(f"kubectl get {resource}: {_last_line(done.stderr)}", REACH)
         return done.stdout
