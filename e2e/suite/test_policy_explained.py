@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from e2e.suite.conftest import Objects
-from e2e.suite.kubectl import eventually, kubeconfig, program
+from e2e.suite.kubectl import Manifest, eventually, kubeconfig, program
 from e2e.suite.policies import PROPAGATION_S, block, matrix, pods, policy, port, spaces, targets
 from e2e.suite.probes import Probe
 from e2e.suite.world import MORE_TCP, TCP, World
@@ -106,6 +106,50 @@ def test_all_pairs_fare_as_told(cluster: World, objects: Objects) -> None:
     for (client, (_, host, number)), got in found.items():
         told = why(cluster, f"{spaces_of[client]}/{client}", host, f"{number}/tcp")
         assert told["allowed"] is (got == "answer"), (client, host, number, got, told)
+
+
+def cluster_policy(name: str, space: str, **spec: Any) -> Manifest:
+    """Of the Admin tier, about the web servers of a namespace."""
+    names = {"matchLabels": {"kubernetes.io/metadata.name": space}}
+    subject = {"pods": {"namespaceSelector": names, "podSelector": {"matchLabels": WEB}}}
+    return {
+        "apiVersion": "policy.networking.k8s.io/v1alpha2",
+        "kind": "ClusterNetworkPolicy",
+        "metadata": {"name": name},
+        "spec": {"tier": "Admin", "priority": 7, "subject": subject, **spec},
+    }
+
+
+def test_a_rule_of_the_cluster_that_denies(cluster: World, objects: Objects) -> None:
+    """Its NetworkPolicy would let it through; the rule before it passes other ports."""
+    ports = [{"tcp": {"destinationPort": {"number": FIRST}}}]
+    everybody = [{"namespaces": {}}]
+    name = f"explained-{cluster.a}"
+    objects.apply(
+        policy(cluster.a, "open", WEB, ingress=[{}]),
+        cluster_policy(name, cluster.a, ingress=[
+            {"action": "Pass", "from": everybody, "protocols": ports},
+            {"action": "Deny", "from": everybody},
+        ]),
+    )  # fmt: skip
+    client, source = cluster["client-1"], f"{cluster.a}/client-1"
+    for family in cluster.families:
+        host = cluster["web-2"].address(family)
+        until(client, host, TCP, "timeout")
+        told = why(cluster, source, host, f"{TCP}/tcp")
+        [denied] = [one for one in told["directions"] if not one["model"]["allowed"]]
+        assert denied["model"]["because"] == (
+            f"ingress rule 1 of ClusterNetworkPolicy {name} denies it"
+        )
+        assert denied["maps"]["rule"] == f"ingress rule 1 of ClusterNetworkPolicy {name}"
+        assert [item["policy"] for item in denied["model"]["policies"]] == [
+            *(f"ClusterNetworkPolicy {name}", f"{cluster.a}/open")
+        ]
+        until(client, host, FIRST, "answer")
+        told = why(cluster, source, host, f"{FIRST}/tcp")
+        assert told["allowed"] is True
+        [ingress] = [one for one in told["directions"] if one["direction"] == "ingress"]
+        assert ingress["model"]["policy"] == f"{cluster.a}/open"
 
 
 def test_try_tells_what_a_policy_would_do_and_does_nothing(

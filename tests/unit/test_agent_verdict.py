@@ -14,7 +14,6 @@ from weir.agent.verdict import (
     Decision,
     Ground,
     Party,
-    Policies,
     Policy,
     Question,
     Rule,
@@ -61,7 +60,7 @@ def ask(
     *policies: Policy, peer: Party = PEER, protocol: int = TCP, port: int = 80
 ) -> tuple[Decision, Question]:
     question = Question(False, SUBJECT, peer, protocol, port)
-    return verdict.decide(Policies(policies), question), question
+    return verdict.decide(policies, question), question
 
 
 SHUT = np("shut")
@@ -158,7 +157,7 @@ def test_a_ports_name_is_resolved_at_the_target_of_egress() -> None:
     policy = Policy("ns", "out", "db", (rule(ports=(WEB,)),), None)
     for port, allowed in ((81, True), (8080, False)):
         question = Question(True, SUBJECT, PEER, TCP, port)
-        assert verdict.decide(Policies([policy]), question).allowed is allowed
+        assert verdict.decide([policy], question).allowed is allowed
 
 
 @pytest.mark.parametrize(
@@ -180,7 +179,7 @@ def test_standings(policies: list[Policy], peer: Party, allowed: bool, ground: G
 
 def test_a_pod_that_is_not_known_gets_nothing() -> None:
     question = Question(True, Party("ns/new", standing=Standing.UNKNOWN), PEER, TCP, 80)
-    decision = verdict.decide(Policies([]), question)
+    decision = verdict.decide([], question)
     assert (decision.allowed, decision.ground) == (False, Ground.UNKNOWN_SUBJECT)
 
 
@@ -212,7 +211,7 @@ def test_a_pod_that_is_not_known_gets_nothing() -> None:
 )
 def test_near_misses(policy: Policy, text: str, wants: str, has: str) -> None:
     decision, question = ask(policy)
-    [near] = decision.near_misses
+    [near] = verdict.missed(decision, question)
     assert (near.text(), near.wants, near.has) == (text, wants, has)
     assert verdict.change(decision, question)
 
@@ -232,7 +231,7 @@ def test_near_misses(policy: Policy, text: str, wants: str, has: str) -> None:
     ],
 )
 def test_no_near_miss(policy: Policy) -> None:
-    assert ask(policy)[0].near_misses == ()
+    assert verdict.missed(*ask(policy)) == ()
 
 
 @pytest.mark.parametrize(
@@ -294,9 +293,9 @@ def test_a_denial_has_a_rule_and_its_near_misses_do_not_match(
     policies: list[Policy], egress: bool, port: int
 ) -> None:
     question = Question(egress, SUBJECT, PEER, TCP, port)
-    decision = verdict.decide(Policies(policies), question)
+    decision = verdict.decide(policies, question)
     if decision.allowed:
-        assert decision.near_misses == ()
+        assert verdict.missed(decision, question) == ()
         return
     assert decision.rule is not None
     assert decision.rule.action is DENY

@@ -20,6 +20,7 @@ from weir.agent.judge import Flow, judge
 from weir.agent.model import DesiredMaps, Model, longest
 from weir.agent.resources import (
     Action,
+    Blocked,
     NamedPort,
     Node,
     PortRange,
@@ -196,6 +197,13 @@ async def test_addresses(source: str, ground: str, allowed: bool) -> None:
 def _is_cart(agent: Agent, wire: int) -> bool:
     identity = agent.projection.identity
     return "cart" in identity.content(identity.number(WireClass(wire))).selectors
+
+
+async def test_a_blocked_source() -> None:
+    agent = Agent()
+    agent.projection.apply({"blocked/x": Blocked("x", (parse_cidr("198.51.100.0/24"),))})
+    assert (await agent.ask("198.51.100.1", "ns/p1")).source.blocked == ["x"]
+    assert (await agent.ask("198.51.101.1", "ns/p1")).source.blocked == []
 
 
 async def test_a_pod_address_that_nobody_has() -> None:

@@ -15,11 +15,11 @@ from weir.cli.main import parser, run
 from weir.cli.source import Answer, Question, Show
 
 CART = {"given": "shop/cart", "pod": "shop/cart", "addresses": ["10.1.0.5", "fd00:1::5"],
-        "node": "n1", "is_pod": True, "service": ""}  # fmt: skip
+        "node": "n1", "is_pod": True, "service": "", "blocked": []}  # fmt: skip
 DB = {"given": "shop/db", "pod": "shop/db", "addresses": ["10.2.0.7", "fd00:2::7"],
-      "node": "n2", "is_pod": True, "service": ""}  # fmt: skip
+      "node": "n2", "is_pod": True, "service": "", "blocked": []}  # fmt: skip
 OUTSIDE = {"given": "198.51.100.1", "pod": "", "addresses": ["198.51.100.1"], "node": "",
-           "is_pod": False, "service": ""}  # fmt: skip
+           "is_pod": False, "service": "", "blocked": []}  # fmt: skip
 NEAR = {"policy": "shop/db-only", "direction": "ingress", "index": 0, "missed": "port",
         "wants": "TCP port 5432", "has": "TCP port 80"}  # fmt: skip
 FREE = {"allowed": True, "audited": False, "ground": "not-isolated", "policies": [], "policy": "",
@@ -208,6 +208,12 @@ def test_a_services_address_is_pointed_out(capsys: pytest.CaptureFixture[str]) -
     vip = {**OUTSIDE, "given": "10.96.0.9", "addresses": ["10.96.0.9"], "service": "shop/db"}
     why(FakeSource(answer("n1", direction("egress", FREE, PASSES), to=vip)))
     assert "10.96.0.9 is the address of Service shop/db" in capsys.readouterr().out
+
+
+def test_a_blocked_source_is_pointed_out(capsys: pytest.CaptureFixture[str]) -> None:
+    [shut, _] = both("ingress", SHUT, DROPS)
+    why(FakeSource(answer("n2", shut, source={**OUTSIDE, "blocked": ["bad"]})))
+    assert "BlockList bad has 198.51.100.1: nodes drop its packets" in capsys.readouterr().out
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The policies and addresses of a projection, as weir.agent.verdict asks for them.
 
-Made for a question or a batch of them: policies are converted once. What an address is comes from
-the desired rows, by the programs' own order of lookups (`class_of`), and from there on only the
-class's content counts.
+Made for a question or a batch of them: policies are converted as they are asked for, once. What an
+address is comes from the desired rows, by the programs' own order of lookups (`class_of`), and from
+there on only the class's content counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
-from weir.agent import verdict
-from weir.agent.classes import NOTHING
+from weir.agent import resources, verdict
+from weir.agent.classes import NOTHING, ClassContent
 from weir.agent.judge import CLASS_OF_OWN_NODE, class_of
 from weir.agent.tables import Projection
-from weir.agent.verdict import Decision, Party, Policies, Question, Standing
+from weir.agent.verdict import Decision, Party, Policy, Question, Standing
 from weir.api.address import Addr
 from weir.datapath import records
 from weir.datapath.records import ClassNumber
@@ -64,9 +64,11 @@ class Model:
     def __init__(self, projection: Projection) -> None:
         self._identity = projection.identity
         self._maps = DesiredMaps(projection)
-        self._policies = Policies(
-            verdict.of_resource(item, self._identity) for item in projection.policies().values()
-        )
+        self._by_subject: dict[str, list[resources.Policy]] = {}
+        for item in projection.policies().values():
+            key = self._identity.selector_key(item.subject)
+            self._by_subject.setdefault(key, []).append(item)
+        self._converted: dict[str, list[Policy]] = {}
         self._parties: dict[tuple[Addr, str], Party] = {}
 
     def party(self, addr: Addr, name: str) -> Party:
@@ -84,4 +86,12 @@ class Model:
         return Party(name, self._identity.content(number), own_node=own_node)
 
     def decide(self, question: Question) -> Decision:
-        return verdict.decide(self._policies, question)
+        return verdict.decide(self._selecting(question.subject.content), question)
+
+    def _selecting(self, subject: ClassContent) -> Iterator[Policy]:
+        for selector in subject.selectors & self._by_subject.keys():
+            if selector not in self._converted:
+                self._converted[selector] = [
+                    verdict.of_resource(item, self._identity) for item in self._by_subject[selector]
+                ]
+            yield from self._converted[selector]

@@ -133,30 +133,10 @@ class Decision:
     policies: tuple[Policy, ...] = ()
     by: Policy | None = None
     rule: Rule | None = None
-    near_misses: tuple[Near, ...] = ()
 
 
 def tier_text(tier: Tier) -> str:
     return tier.name.lower().replace("_", "-")
-
-
-class Policies:
-    """By subject."""
-
-    def __init__(self, policies: Iterable[Policy]) -> None:
-        self._by_subject: dict[str, list[Policy]] = {}
-        for policy in policies:
-            self._by_subject.setdefault(policy.subject, []).append(policy)
-
-    def about(self, subject: ClassContent, egress: bool) -> list[Policy]:
-        """In the order in which they are asked."""
-        found = (
-            policy
-            for selector in subject.selectors
-            for policy in self._by_subject.get(selector, ())
-            if policy.rules(egress) is not None
-        )
-        return sorted(found, key=lambda policy: policy.order)
 
 
 def of_resource(item: resources.Policy, identity: Identity) -> Policy:
@@ -183,7 +163,8 @@ def _rules(item: resources.Policy, identity: Identity, egress: bool) -> Iterator
         yield Rule(rule.index, peers, rule.ports, rule.action)
 
 
-def decide(policies: Policies, question: Question) -> Decision:
+def decide(selecting: Iterable[Policy], question: Question) -> Decision:
+    """`selecting`: the policies that select the subject."""
     subject, peer = question.subject, question.peer
     if peer.standing is Standing.ITSELF:
         return Decision(True, Ground.ITSELF)
@@ -192,7 +173,8 @@ def decide(policies: Policies, question: Question) -> Decision:
     if subject.standing is Standing.UNKNOWN:
         allowed = peer.own_node
         return Decision(allowed, Ground.OWN_NODE if allowed else Ground.UNKNOWN_SUBJECT)
-    about = tuple(policies.about(subject.content, question.egress))
+    speaking = (policy for policy in selecting if policy.rules(question.egress) is not None)
+    about = tuple(sorted(speaking, key=lambda policy: policy.order))
     admin, isolating, baseline = (
         [policy for policy in about if policy.tier is tier]
         for tier in (Tier.ADMIN, Tier.NETWORK_POLICY, Tier.BASELINE)
@@ -201,20 +183,19 @@ def decide(policies: Policies, question: Question) -> Decision:
         return Decision(False, Ground.UNKNOWN_PEER, about)
     first = _first(admin, question)
     if first is not None and first[1].action is not Action.PASS:
-        return _decided(about, first, question)
+        return _decided(about, first)
     if isolating:
         if peer.own_node:
             return Decision(True, Ground.OWN_NODE, about)
         first = _first(isolating, question)
         if first is not None:
-            return _decided(about, first, question)
+            return _decided(about, first)
         unknown = peer.standing is Standing.UNKNOWN
         ground = Ground.UNKNOWN_PEER if unknown else Ground.NO_RULE
-        missed = near_misses([*admin, *isolating], question, {Action.ACCEPT})
-        return Decision(False, ground, about, near_misses=missed)
+        return Decision(False, ground, about)
     first = _first(baseline, question)
     if first is not None and first[1].action is not Action.PASS:
-        return _decided(about, first, question)
+        return _decided(about, first)
     return Decision(True, Ground.OWN_NODE if peer.own_node else Ground.NOT_ISOLATED, about)
 
 
@@ -226,14 +207,20 @@ def _first(policies: Sequence[Policy], question: Question) -> tuple[Policy, Rule
     return None
 
 
-def _decided(about: tuple[Policy, ...], by: tuple[Policy, Rule], question: Question) -> Decision:
+def _decided(about: tuple[Policy, ...], by: tuple[Policy, Rule]) -> Decision:
     policy, rule = by
-    allowed = rule.action is Action.ACCEPT
-    before: tuple[Near, ...] = ()
-    if not allowed:
-        helpful = {Action.ACCEPT, Action.PASS}
-        before = near_misses(_until(about, by, question.egress), question, helpful)
-    return Decision(allowed, Ground.RULE, about, policy, rule, before)
+    return Decision(rule.action is Action.ACCEPT, Ground.RULE, about, policy, rule)
+
+
+def missed(decision: Decision, question: Question) -> tuple[Near, ...]:
+    """The near misses of a denial by policies, not of one for want of knowledge."""
+    if decision.allowed or decision.ground not in (Ground.RULE, Ground.NO_RULE):
+        return ()
+    if decision.by is not None and decision.rule is not None:
+        before = _until(decision.policies, (decision.by, decision.rule), question.egress)
+        return near_misses(before, question, {Action.ACCEPT, Action.PASS})
+    asked = (policy for policy in decision.policies if policy.tier is not Tier.BASELINE)
+    return near_misses(asked, question, {Action.ACCEPT})
 
 
 def _until(about: Sequence[Policy], by: tuple[Policy, Rule], egress: bool) -> Iterator[Policy]:
@@ -307,8 +294,6 @@ def _port_gap(rule: Rule, question: Question) -> tuple[str, str]:
 
 def _peer_gap(rule: Rule, question: Question) -> tuple[str, str]:
     peer = question.peer
-    if peer.standing is Standing.UNKNOWN:
-        return _some(sorted(rule.peers or ())), f"{peer.name}, of which the node knows nothing yet"
     selected = sorted(peer.content.selectors)
     has = f"selected by {_some(selected)}" if selected else "selected by none of any policy"
     return _some(sorted(rule.peers or ())), f"{peer.name}, {has}"

@@ -16,7 +16,7 @@ import msgspec
 from weir.agent import verdict
 from weir.agent.explain import Explainer, reason_text
 from weir.agent.judge import Flow, Judged, judge
-from weir.agent.model import ALL_BITS, Model
+from weir.agent.model import ALL_BITS, Model, longest
 from weir.agent.tables import Projection
 from weir.agent.verdict import PROTOCOLS, Near, Party, Question, Standing
 from weir.agent.walks import Walks
@@ -36,7 +36,8 @@ class BadQuestion(ValueError):
 class EndView(msgspec.Struct, frozen=True):
     """One end as the question named it. pod: namespace/name, or a word for what else the address
     is, or empty. node: that has the pod; empty if it is no pod's address. is_pod: it has a node
-    that judges it, known or not."""
+    that judges it, known or not. service: that has the address and port. blocked: BlockLists that
+    have the address, whose packets nodes drop at their uplinks, ahead of policy."""
 
     given: str
     pod: str
@@ -44,6 +45,7 @@ class EndView(msgspec.Struct, frozen=True):
     node: str
     is_pod: bool
     service: str
+    blocked: list[str]
 
 
 class PolicyView(msgspec.Struct, frozen=True):
@@ -177,7 +179,12 @@ class Why:
             min(nodes, default=""),
             bool(nodes) or "/" in given,
             next(("/".join(owner) for owner in owners if owner is not None), ""),
+            [name for addr in addresses for name in self._blocked(addr)],
         )
+
+    def _blocked(self, addr: Addr) -> tuple[str, ...]:
+        row = longest(self._projection.blocks.rows.rows, addr)
+        return self._projection.blocks.names(row.rule) if row is not None else ()
 
     def _nodes_of(self, addr: Addr) -> list[str]:
         """Whose pod CIDR has it."""
@@ -211,7 +218,7 @@ class Why:
             ],
             policy=decision.by.title if decision.by else "",
             rule=decision.rule.index if decision.rule else None,
-            near_misses=list(decision.near_misses),
+            near_misses=list(verdict.missed(decision, question)),
             change=verdict.change(decision, question),
         )
 

@@ -33,11 +33,22 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one end says of a flow."""
+    """What one end says of a flow; said in words when it is asked."""
 
-    direction: str
-    allowed: bool
-    because: str
+    question: Question
+    decision: Decision
+
+    @property
+    def direction(self) -> str:
+        return self.question.direction
+
+    @property
+    def allowed(self) -> bool:
+        return self.decision.allowed
+
+    @property
+    def because(self) -> str:
+        return verdict.because(self.decision, self.question)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +96,7 @@ class Cluster:
             peer = replace(peer, own_node=True)
         subject = self._model.party(here, self.name(here))
         question = Question(egress, subject, peer, flow.protocol, flow.port)
-        decision: Decision = self._model.decide(question)
-        return Outcome(question.direction, decision.allowed, verdict.because(decision, question))
+        return Outcome(question, self._model.decide(question))
 
 
 def _projection(objects: Objects) -> Projection:

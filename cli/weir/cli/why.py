@@ -24,6 +24,11 @@ def text(joined: dict[str, Any], port: str, protocol: str) -> str:
             f"{destination['given']} is the address of Service {destination['service']}: policies "
             "see the backend that it leads to. Ask about one of its pods."
         )
+    if source["blocked"]:
+        lines.append(
+            f"BlockList {', '.join(source['blocked'])} has {source['given']}: nodes drop its "
+            "packets at their uplinks, whatever policies say."
+        )
     for name in ("egress", "ingress"):
         found = [one for one in joined["directions"] if one["direction"] == name]
         for alike in _alike(found):
