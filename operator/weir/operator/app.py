@@ -36,6 +36,7 @@ from weir.operator.servers import ServerWatch
 from weir.operator.status import Sample, StatusServer
 from weir.operator.surroundings import Surroundings
 from weir.operator.tls import Certificates
+from weir.operator.troubles import Troubles
 from weir.operator.writes import Reference, Writer
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class App:
     _model: Model | None = None
     _distribution: Distribution | None = None
     _writer: Writer | None = None
+    _troubles: Troubles | None = None
     _leader: Leader | None = None
     _assignments: Assignments | None = None
     _leading: asyncio.Event = field(default_factory=asyncio.Event)
@@ -83,7 +85,10 @@ class App:
         model = Model(revisions, gap, self._synced, self._report, conditions=conditions)
         relay = Relay(revisions.instance, certificates.ca)
         authenticate = Authenticator(api, self.config.namespace)
-        distribution = Distribution(revisions, authenticate, model, self._agent_ready, relay)
+        self._troubles = troubles = Troubles(api, self._report)
+        distribution = Distribution(
+            revisions, authenticate, model, self._agent_ready, relay, troubles
+        )
         self._model, self._distribution = model, distribution
         self._writer = writer = Writer(api, self.config.pod_name)
         self._leader = leader = Leader(api, self.config.namespace, self.config.pod_name, self._lead)
@@ -130,6 +135,7 @@ class App:
                 tasks.append(group.create_task(conditions.run(api), name="conditions"))
                 tasks.append(group.create_task(assignments.run(), name="assignments"))
                 tasks.append(group.create_task(liveness.run(), name="liveness"))
+                tasks.append(group.create_task(troubles.run(), name="troubles"))
                 tasks.append(group.create_task(self._handle_nodes(api), name="nodes"))
                 tasks.append(group.create_task(self._handle_problems(api), name="problems"))
                 await self.stop.wait()
@@ -261,6 +267,7 @@ class App:
         yield Sample("weir_operator_block_list_conflicts", bad)
         bad = self._model.cluster_policies.with_problems
         yield Sample("weir_operator_cluster_policies_invalid", bad)
+        yield Sample("weir_operator_policies_without_room", len(self._troubles or ()))
         yield Sample("weir_operator_leader", bool(self._leader and self._leader.leading))
         yield Sample("weir_operator_announced_addresses", len(self._model.announcer.announced))
         if self._assignments is not None:

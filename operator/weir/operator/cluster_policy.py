@@ -132,7 +132,7 @@ def _deny_all(egress: bool, index: int) -> Rule:
 
 
 def _consequence(problems: Iterable[Problem], words: str) -> list[Problem]:
-    return [Problem(p.field, f"{p.message}: {words}", p.reason) for p in problems]
+    return [Problem(p.field, f"{p.message}: {words}") for p in problems]
 
 
 class _RawSpec(wire.Struct):

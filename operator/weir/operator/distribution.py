@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -48,6 +48,12 @@ class Announcements(Protocol):
     def announced_by(self, node: str) -> list[str]: ...
 
 
+class Troubles(Protocol):
+    """Where goes what agents have no room for."""
+
+    def heard(self, node: str, said: Iterable[pb.PolicyTrouble]) -> None: ...
+
+
 @dataclass(slots=True, eq=False)
 class Stream:
     """One agent's stream, as far as others may know of it."""
@@ -70,6 +76,7 @@ class Distribution:
     announcements: Announcements
     on_ready: Callable[[str], None]
     relay: Relay | None = None
+    troubles: Troubles | None = None
     synced: asyncio.Event = field(default_factory=asyncio.Event)
     closing: asyncio.Event = field(default_factory=asyncio.Event)
     streams: dict[str, Stream] = field(default_factory=dict)  # the latest of each node
@@ -120,6 +127,7 @@ class Distribution:
         finally:
             if self.streams.get(stream.node) is stream:
                 del self.streams[stream.node]
+                self._has_no_room(stream, ())
             logger.info("%s: stream ends at revision %d", stream.node, stream.sent)
 
     async def _token(self, context: Context) -> str:
@@ -215,8 +223,15 @@ class Distribution:
                     stream.ready = message.acknowledgement.ready
                     if became_ready:
                         self.on_ready(stream.node)
+                case "trouble":
+                    if self.streams.get(stream.node) is stream:
+                        self._has_no_room(stream, message.trouble.policies)
                 case _:
                     logger.warning("%s: an unexpected message", stream.node)
+
+    def _has_no_room(self, stream: Stream, policies: Iterable[pb.PolicyTrouble]) -> None:
+        if self.troubles is not None:
+            self.troubles.heard(stream.node, policies)
 
     def _announced(self, node: str, announcement: pb.Announcement, first: bool) -> None:
         if announcement.complete:

@@ -32,11 +32,13 @@ TO_BE_DELETED = "ToBeDeletedByClusterAutoscaler"
 @dataclass(frozen=True, slots=True)
 class Problem:
     """What is wrong with one field of one object, in words for whoever wrote it. `reason`: of the
-    Event that tells it."""
+    Event that tells it. `identity`: what tells it from the object's other problems, if not the
+    words."""
 
     field: str
     message: str
     reason: str = "Invalid"
+    identity: str = ""
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -51,6 +51,10 @@ HELP = {
         "gauge",
         "ClusterNetworkPolicies with something that cannot be understood.",
     ),
+    "weir_operator_policies_without_room": (
+        "gauge",
+        "Policies of which some node connected here has not all in its maps, for want of room.",
+    ),
     "weir_operator_leader": ("gauge", "1 on the replica that writes to the API server."),
     "weir_operator_announced_addresses": ("gauge", "Addresses that some node announces."),
     "weir_operator_pool_ipv4_used": ("gauge", "IPv4 addresses given, by pool; the leader's."),

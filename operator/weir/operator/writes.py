@@ -75,8 +75,8 @@ class _Node(Struct):
     status: _NodeStatus = msgspec.field(default_factory=_NodeStatus)
 
 
-# An object, whatever its generation.
-_Object = tuple[str, str, str]
+# An object, whatever its generation, and the identity of what is told of it, if that has one.
+_Object = tuple[str, str, str, str]
 
 
 @dataclass(slots=True)
@@ -98,7 +98,8 @@ class Writer:
         if len(problems) > len(told):
             told += (Problem("", f"and {len(problems) - len(told)} more problems"),)
         if told:
-            self._events[about.kind, about.namespace, about.name] = (about, told)
+            which = (about.kind, about.namespace, about.name, told[0].identity)
+            self._events[which] = (about, told)
             self._event_news.set()
 
     def mark_ready(self, node: str) -> None:
@@ -167,7 +168,7 @@ class Writer:
 
     async def _post_event(self, about: Reference, problem: Problem) -> None:
         text = f"{problem.field}: {problem.message}" if problem.field else problem.message
-        identity = f"{about.uid} {about.generation} {text}"
+        identity = f"{about.uid} {about.generation} {problem.identity or text}"
         digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
         # Events on what has no namespace live in this one, by custom.

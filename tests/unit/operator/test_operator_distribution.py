@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -164,6 +164,27 @@ async def test_snapshot_then_changes_of_all_and_of_ones_own_node() -> None:
         w.revisions.publish([gone("a")])
         await agent.until({"b": "1"})
         assert agent.snapshots == 1
+
+
+@dataclass
+class Heard:
+    said: asyncio.Queue[tuple[str, list[str]]] = field(default_factory=asyncio.Queue)
+
+    def heard(self, node: str, said: Iterable[pb.PolicyTrouble]) -> None:
+        self.said.put_nowait((node, [trouble.name for trouble in said]))
+
+
+async def test_what_an_agent_has_no_room_for_is_passed_on_until_its_stream_ends() -> None:
+    async with world() as w:
+        troubles = w.distribution.troubles = Heard()
+        w.revisions.publish([change("a", "1")])
+        agent = await w.connect().open()
+        await agent.change()
+        said = pb.Trouble(policies=[pb.PolicyTrouble(namespace="ns", name="web")])
+        await agent.call.write(pb.AgentMessage(trouble=said))
+        assert await asyncio.wait_for(troubles.said.get(), 10) == ("n1", ["web"])
+        agent.call.cancel()
+        assert await asyncio.wait_for(troubles.said.get(), 10) == ("n1", [])
 
 
 async def test_an_empty_cluster_is_a_snapshot_too() -> None:
