@@ -11,7 +11,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from weir.agent import resources
-from weir.agent.resources import NamedPort, PortRange, Resource, WireClass, WireSelector
+from weir.agent.resources import (
+    Action,
+    NamedPort,
+    PortRange,
+    Resource,
+    Tier,
+    WireClass,
+    WireSelector,
+)
 from weir.api.address import Addr, parse
 from weir.cni.endpoint import LocalEndpoint, PodRef
 from weir.datapath import records
@@ -30,6 +38,7 @@ class Rule:
     egress: bool
     peers: frozenset[str] | None
     ports: tuple[PortRange, ...] = ()
+    action: Action = Action.ACCEPT
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,8 @@ class Policy:
     ingress: bool
     egress: bool
     rules: tuple[Rule, ...] = ()
+    tier: Tier = Tier.NETWORK_POLICY
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,11 +105,22 @@ class World:
                     rule.peers is None,
                     tuple(numbers[key] for key in rule.peers or ()),
                     rule.ports,
+                    rule.action,
                 )
                 for index, rule in enumerate(policy.rules)
             )
-            result[f"policy/ns/{name}"] = resources.Policy(
-                "ns", name, numbers[policy.subject], policy.ingress, policy.egress, rules
+            namespaced = policy.tier == Tier.NETWORK_POLICY
+            result[f"policy/ns/{name}" if namespaced else f"cluster-policy/{name}"] = (
+                resources.Policy(
+                    "ns" if namespaced else "",
+                    name,
+                    numbers[policy.subject],
+                    policy.ingress,
+                    policy.egress,
+                    rules,
+                    policy.tier,
+                    policy.priority,
+                )
             )
         return result
 
@@ -110,23 +132,35 @@ class World:
     def _allows(
         self, egress: bool, subject: int, peer: int, destination: int, protocol: int, port: int
     ) -> bool:
-        isolating = [
-            policy
-            for policy in self.policies.values()
+        about = {
+            name: policy
+            for name, policy in self.policies.items()
             if policy.subject in self.pods[subject].selectors
             and (policy.egress if egress else policy.ingress)
-        ]
-        if not isolating:
-            return True
-        rules = [rule for policy in isolating for rule in policy.rules if rule.egress == egress]
-        return any(
-            (rule.peers is None or rule.peers & self.pods[peer].selectors)
-            and (
-                not rule.ports
-                or any(self._port(item, destination, protocol, port) for item in rule.ports)
-            )
-            for rule in rules
-        )
+        }
+
+        def matching(tier: Tier) -> list[Rule]:
+            """Rules that match, in their order."""
+            names = [name for name, policy in about.items() if policy.tier == tier]
+            names.sort(key=lambda name: (about[name].priority, name))
+            return [
+                rule
+                for name in names
+                for rule in about[name].rules
+                if rule.egress == egress
+                and (rule.peers is None or rule.peers & self.pods[peer].selectors)
+                and (
+                    not rule.ports
+                    or any(self._port(item, destination, protocol, port) for item in rule.ports)
+                )
+            ]
+
+        for rule in matching(Tier.ADMIN)[:1]:
+            if rule.action != Action.PASS:
+                return rule.action == Action.ACCEPT
+        if any(policy.tier == Tier.NETWORK_POLICY for policy in about.values()):
+            return bool(matching(Tier.NETWORK_POLICY))
+        return all(rule.action != Action.DENY for rule in matching(Tier.BASELINE)[:1])
 
     def _port(self, item: PortRange, destination: int, protocol: int, port: int) -> bool:
         if item.protocol != protocol:
@@ -168,18 +202,33 @@ class Judge:
     def _allows(self, isolation: records.Isolation, peer: int, protocol: int, port: int) -> bool:
         if not isolation.rule_set:
             return True
+        if not isolation.levels & records.IsolationFlag.ORDERED:
+            return bool(self._hits(isolation, peer, protocol, port, 0))
+        for tier in (records.PolicyLevel.ADMIN, 0):
+            hits = self._hits(isolation, peer, protocol, port, tier)
+            first = min(hits, key=lambda hit: hit.order, default=None)
+            if first is not None and first.verdict != records.Verdict.PASS:
+                return first.verdict == records.Verdict.ALLOW
+        return bool(isolation.levels & records.IsolationFlag.DEFAULT_ALLOW)
+
+    def _hits(
+        self, isolation: records.Isolation, peer: int, protocol: int, port: int, tier: int
+    ) -> list[records.PolicyVerdict]:
+        found = []
         for level in range(18):
             if not isolation.levels >> level & 1:
                 continue
             for number in (peer, 0):
                 if level == 17:
-                    key = records.PolicyKey(isolation.rule_set, number, 0, 0, 17)
+                    key = records.PolicyKey(isolation.rule_set, number, 0, 0, 17 | tier)
                 else:
                     masked = port >> (16 - level) << (16 - level)
-                    key = records.PolicyKey(isolation.rule_set, number, masked, protocol, level)
+                    key = records.PolicyKey(
+                        isolation.rule_set, number, masked, protocol, level | tier
+                    )
                 if key in self.policy:
-                    return True
-        return False
+                    found.append(self.policy[key])
+        return found
 
 
 def address(number: int) -> Addr:

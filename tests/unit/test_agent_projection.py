@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from support.worlds import (
 
 from weir.agent.plan import Plan, plan
 from weir.agent.ports import PortPrefix, prefixes
-from weir.agent.resources import NamedPort, PortRange
+from weir.agent.resources import Action, NamedPort, PortRange, Tier
 from weir.agent.rule_sets import DENY_ALL
 from weir.agent.tables import Projection
 
@@ -45,16 +46,30 @@ ports = st.lists(
     max_size=2,
 ).map(tuple)
 rules = st.builds(Rule, st.booleans(), st.none() | selectors.filter(bool), ports)
-policies = st.builds(
+network_policies = st.builds(
     Policy,
     st.sampled_from(KEYS),
     st.booleans(),
     st.booleans(),
     st.lists(rules, max_size=3).map(tuple),
 )
+ranked_rules = st.builds(
+    Rule, st.booleans(), st.none() | selectors.filter(bool), ports, st.sampled_from(Action)
+)
+tiers = st.sampled_from([Tier.ADMIN, Tier.BASELINE])
+cluster_policies = st.builds(
+    Policy,
+    st.sampled_from(KEYS),
+    st.booleans(),
+    st.booleans(),
+    st.lists(ranked_rules, max_size=4).map(tuple),
+    tiers,
+    st.integers(0, 2),
+)
+policies = network_policies | cluster_policies
 named = st.sampled_from([(), (NamedPort("web", TCP, 81),), (NamedPort("web", TCP, 5000),)])
 pods = st.fixed_dictionaries({n: st.builds(Pod, selectors, named) for n in PODS})
-policy_sets = st.dictionaries(st.sampled_from(["p", "q", "r"]), policies)
+policy_sets = st.dictionaries(st.sampled_from(["p", "q", "r", "s"]), policies)
 worlds = st.builds(World, pods, policy_sets)
 
 Rows = dict[str, dict[Any, Any]]
@@ -175,7 +190,10 @@ def watch(old: World, new: World, offset: int) -> None:
 def test_a_policy_that_comes_or_goes_never_shows_a_mixture(
     pods: dict[int, Pod], others: dict[str, Policy], policy: Policy, comes: bool, offset: int
 ) -> None:
-    """No packet gets a verdict that neither the old nor the new policies give it."""
+    """No packet gets a verdict that neither the old nor the new policies give it. A
+    ClusterNetworkPolicy may have rules in one direction for that."""
+    if policy.tier != Tier.NETWORK_POLICY and policy.egress:
+        policy = replace(policy, ingress=False)
     before, after = World(pods, others), World(pods, {**others, "z": policy})
     watch(before, after, offset) if comes else watch(after, before, offset)
 
@@ -210,6 +228,21 @@ def test_a_changed_policy_never_shows_a_mixture(
         watch(World(pods, {**others, "z": versions[0]}), World(pods, {**others, "z": moved}), 0)
 
 
+@given(
+    pods,
+    policy_sets,
+    st.booleans(),
+    st.lists(cluster_policies, min_size=2, max_size=2),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_changed_cluster_policy_never_shows_a_mixture(
+    pods: dict[int, Pod], others: dict[str, Policy], egress: bool, versions: list[Policy]
+) -> None:
+    """Other rules, another subject, priority or tier."""
+    old, new = (replace(version, ingress=not egress, egress=egress) for version in versions)
+    watch(World(pods, {**others, "z": old}), World(pods, {**others, "z": new}), 0)
+
+
 def test_other_subjects_never_see_the_rules_that_went() -> None:
     """Pod 1 comes to the policy when its rule is no longer the one that lets pod 4 in."""
     pods = {1: Pod(frozenset("a")), 2: Pod(frozenset("ab")), 3: Pod(frozenset())}
@@ -227,6 +260,23 @@ def test_a_relabelled_pod_never_shows_a_mixture(
 ) -> None:
     changed = {**pods, moved: Pod(labels, pods[moved].ports)}
     watch(World(pods, policies), World(changed, policies), 0)
+
+
+def test_a_relabelled_pod_is_never_both() -> None:
+    """It would get past the Deny rule about what it was by the Pass rule about what it will be, to
+    what a NetworkPolicy allows to what it was."""
+    admin = Policy(
+        "s", False, True, (
+            Rule(True, frozenset("b"), action=Action.PASS),
+            Rule(True, frozenset("a"), action=Action.DENY),
+        ), Tier.ADMIN,
+    )  # fmt: skip
+    network = Policy("s", False, True, (Rule(True, frozenset("a")),))
+    pods = {1: Pod(frozenset("s")), 4: Pod(frozenset("a"))}
+    pods |= {number: Pod(frozenset()) for number in (2, 3, 5)}
+    changed = {**pods, 4: Pod(frozenset("b"))}
+    rules = {"x": admin, "np": network}
+    watch(World(pods, rules), World(changed, rules), 0)
 
 
 @given(st.integers(0, 65535), st.integers(0, 65535))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,16 +15,19 @@ from weir.agent import numbering, resources
 from weir.agent.errors import Rejected
 from weir.agent.reconciler import GROUPS, Pace, Reconciler
 from weir.agent.resources import (
+    Action,
     Class,
     Prefix,
     Resource,
     Selector,
     ServicePort,
     Slice,
+    Tier,
     WireClass,
     WireSelector,
 )
 from weir.agent.tables import Projection
+from weir.agent.troubles import troubles
 from weir.api.address import Addr, parse, parse_cidr
 from weir.datapath import records
 from weir.datapath.errors import DatapathError
@@ -301,3 +305,69 @@ async def test_a_service_without_ready_endpoints_uses_draining_ones_then_refuses
         await bench.round()
         (row,) = bench.tables["services"].rows.values()
         assert row.count == count
+
+
+# ---- ordered rule sets that do not fit
+
+DENIES = Policy("a", True, False, (Rule(False, frozenset("b"), action=Action.DENY),), Tier.ADMIN)
+ORDERED = World({1: Pod(frozenset("a")), 4: Pod(frozenset("b"))}, {"cnp": DENIES})
+OTHER = Policy("z", True, False, (Rule(False, frozenset("c")),))
+SHUT = records.IsolationFlag.SHUT
+
+
+async def test_an_ordered_rule_set_without_its_deny_row_lets_nothing_through() -> None:
+    bench = Bench(policy=0)
+    bench.projection.apply(ORDERED.resources())
+    bench.projection.set_endpoint(endpoint(1))
+    bench.reconciler.release()
+    await bench.round()
+    assert bench.tables["endpoints"].rows[address(1)].ingress.levels & SHUT
+    assert bench.reconciler.rejected_owners() == {"policy": ["policy ClusterNetworkPolicy cnp"]}
+    told = troubles(bench.reconciler)
+    assert told.keys() == {("", "cnp")}
+    assert "no room for 1 of its rows: pods that it selects get nothing through" in told["", "cnp"]
+    # Another pod comes to the rule set.
+    bench.projection.apply(pod_two())
+    bench.projection.set_endpoint(endpoint(2))
+    await bench.round()
+    assert bench.tables["endpoints"].rows[address(2)].ingress.levels & SHUT
+    # There is room: no row of it stays shut.
+    bench.tables["policy"].max_entries = 10
+    await bench.round(after=10.0)
+    await bench.round()
+    assert bench.right()
+    assert troubles(bench.reconciler) == {}
+
+
+def pod_two() -> dict[str, Resource]:
+    both = World({**ORDERED.pods, 2: Pod(frozenset("a"))}, ORDERED.policies).resources()
+    return {name: both[name] for name in ("pod/u2", f"address/{address(2).hex()}")}
+
+
+async def test_a_deny_row_that_comes_later_shuts_pods_before_its_address_is_there() -> None:
+    bench = Bench(policy=1)
+    bench.projection.apply(ORDERED.resources())
+    bench.projection.set_endpoint(endpoint(1))
+    bench.reconciler.release()
+    await bench.round()
+    assert bench.right()
+    before = bench.runtime.value
+    log = bench.tables["endpoints"].log = bench.tables["addresses"].log = []
+    wider = World({**ORDERED.pods, 5: Pod(frozenset("bc"))}, {**ORDERED.policies, "c": OTHER})
+    bench.projection.apply(difference(ORDERED.resources(), wider.resources()))
+    await bench.round()
+    assert bench.tables["endpoints"].rows[address(1)].ingress.levels & SHUT
+    assert bench.runtime.value == before + 1
+    writes = [key for _, key in log]
+    assert writes.index(address(1)) < writes.index(address(5))
+
+
+async def test_an_allow_row_that_does_not_fit_shuts_nothing() -> None:
+    allows = replace(DENIES, rules=(Rule(False, frozenset("b")),))
+    bench = Bench(policy=0)
+    bench.projection.apply(World(ORDERED.pods, {"cnp": allows}).resources())
+    bench.projection.set_endpoint(endpoint(1))
+    bench.reconciler.release()
+    await bench.round()
+    assert not bench.tables["endpoints"].rows[address(1)].ingress.levels & SHUT
+    assert "what those allow is denied" in troubles(bench.reconciler)["", "cnp"]

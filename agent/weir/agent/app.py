@@ -13,7 +13,7 @@ import logging
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from weir.agent import api, links, memory, node, views
+from weir.agent import api, links, memory, node, numbering, troubles, views
 from weir.agent.apply import AnyTable
 from weir.agent.config import Config
 from weir.agent.errors import NodeError
@@ -74,7 +74,8 @@ class App:
         self._settings = settings_of(config, facts, features)
         self._version = _version()
         self.projection = Projection(
-            ServiceSettings(config.node_ports, config.maglev_table_size, config.dsr)
+            ServiceSettings(config.node_ports, config.maglev_table_size, config.dsr),
+            audit=config.policy_audit,
         )
         self._store = Store(paths.state / "state")
         explainer = Explainer(self.projection, self._store.resources)
@@ -170,6 +171,7 @@ class App:
             uplinks=list(self._facts.uplinks),
             mtu=self._facts.mtu,
             routing="vxlan" if self._config.tunnel else "native",
+            audit=self._config.policy_audit,
             xdp={name: self._xdp(mode) for name, mode in self._datapath.xdp.items()},
             flow_warnings=self.flows.warnings(),
         )
@@ -198,6 +200,8 @@ class App:
                 group.create_task(self._stream.run(), name="operator stream")
                 group.create_task(self._state.keep_persisting(), name="state file")
                 group.create_task(self._acknowledge(), name="acknowledgements")
+                telling = troubles.keep_telling(self.reconciler, self._stream)
+                group.create_task(telling, name="troubles")
                 group.create_task(self._keep_node(), name="node")
                 group.create_task(self._wire_pods(), name="CNI")
                 group.create_task(self._settle_pods(), name="settling")
@@ -238,21 +242,7 @@ class App:
         services = dict(tables.services.items())
         self.flows.adopt(services)
         self.projection.services.adopt(services, dict(tables.backends.items()), identities)
-        classes = {row.class_ for _, row in tables.addresses.items()}
-        classes |= {row.class_ for _, row in tables.prefixes.items()}
-        wired = [row for _, row in tables.endpoints.items()]
-        classes |= {row.class_ for row in wired}
-        rule_sets: set[int] = set()
-        rules: set[int] = set()
-        for key, verdict in tables.policy.items():
-            classes.add(key.peer)
-            rule_sets.add(key.rule_set)
-            rules.add(verdict.rule)
-        for row in wired:
-            rule_sets |= {row.egress.rule_set, row.ingress.rule_set}
-        self.projection.class_numbers.reserve(classes)
-        self.projection.rule_set_numbers.reserve(rule_sets)
-        self.projection.rule_numbers.reserve(rules)
+        numbering.reserve(self.projection, tables)
 
     async def _acknowledge(self) -> None:
         snapshots = 0

@@ -9,7 +9,7 @@ outcome.
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,16 +27,21 @@ AnyTable = TableLike[Any, Any]
 
 @dataclass(slots=True)
 class Outcome:
-    """`failed`: the group stopped there, the kernel is somewhere between old and new."""
+    """`failed`: the group stopped there, the kernel is somewhere between old and new. `shut`:
+    ordered rule sets that lack a row which denies or passes."""
 
     failed: DatapathError | None = None
+    shut: set[int] = field(default_factory=set)
     rejected: dict[str, set[Hashable]] = field(default_factory=dict)
     written: int = 0
     deleted: int = 0
 
 
-def apply_group(ops: Iterable[AnyOp], tables: Mapping[str, AnyTable]) -> Outcome:
-    outcome = Outcome()
+def apply_group(
+    ops: Iterable[AnyOp], tables: Mapping[str, AnyTable], shut: Iterable[int] = ()
+) -> Outcome:
+    """`shut`: rule sets that lack such a row already."""
+    outcome = Outcome(shut=set(shut))
     for op in ops:
         table = tables[op.table]
         upserts: Mapping[Hashable, Any] = op.upserts
@@ -46,8 +51,12 @@ def apply_group(ops: Iterable[AnyOp], tables: Mapping[str, AnyTable]) -> Outcome
             # What did not fit earlier, and what was taken away for that, stays out.
             out = outcome.rejected.get("prefixes", set())
             upserts = {key: row for key, row in upserts.items() if key not in out}
+        if op.table == "endpoints" and outcome.shut:
+            upserts = {key: shut_in(row, outcome.shut) for key, row in upserts.items()}
         try:
-            _write(table, upserts, outcome)
+            left = _write(table, upserts, outcome)
+            if op.table == "policy":
+                _shut(tables, {key: upserts[key] for key in left}, outcome)
             table.delete(op.deletes)
         except DatapathError as error:
             outcome.failed = error
@@ -57,9 +66,10 @@ def apply_group(ops: Iterable[AnyOp], tables: Mapping[str, AnyTable]) -> Outcome
     return outcome
 
 
-def _write(table: AnyTable, rows: Mapping[Hashable, Any], outcome: Outcome) -> None:
+def _write(table: AnyTable, rows: Mapping[Hashable, Any], outcome: Outcome) -> set[Hashable]:
+    """Returns the keys of what is left out."""
     if not rows:
-        return
+        return set()
     try:
         table.update(rows)
     except TableFull as error:
@@ -68,6 +78,36 @@ def _write(table: AnyTable, rows: Mapping[Hashable, Any], outcome: Outcome) -> N
             left |= _withhold_wider(table, left)
         logger.warning("%s: %d rows left out", error, len(left))
         outcome.rejected.setdefault(table.name, set()).update(left)
+        return left
+    return set()
+
+
+def denies_more(row: records.PolicyVerdict) -> bool:
+    """Whether something may pass without the row: so it is of an ordered rule set alone."""
+    return row.verdict != records.Verdict.ALLOW
+
+
+def _shut(
+    tables: Mapping[str, AnyTable], left: Mapping[Any, records.PolicyVerdict], outcome: Outcome
+) -> None:
+    """Whoever is in a rule set that lacks a row which denies gets nothing through, before any
+    address is moved to the class that the row is about."""
+    new = {key.rule_set for key, row in left.items() if denies_more(row)} - outcome.shut
+    if not new:
+        return
+    outcome.shut |= new
+    endpoints = tables["endpoints"]
+    rows = {addr: (row, shut_in(row, new)) for addr, row in endpoints.items()}
+    endpoints.update({addr: after for addr, (before, after) in rows.items() if after != before})
+
+
+def shut_in(row: records.Endpoint, rule_sets: Collection[int]) -> records.Endpoint:
+    def one(isolation: records.Isolation) -> records.Isolation:
+        if isolation.rule_set not in rule_sets:
+            return isolation
+        return replace(isolation, levels=isolation.levels | records.IsolationFlag.SHUT)
+
+    return replace(row, egress=one(row.egress), ingress=one(row.ingress))
 
 
 def _squeeze(table: AnyTable, rows: Mapping[Hashable, Any]) -> set[Hashable]:

@@ -60,6 +60,7 @@ class Config:
     API is not to be asked; empty asks the API server. unmanaged: wire containers that are no
     pods (cnitool), outside every policy. maglev_table_size: 0 chooses backends at random.
     dsr: backends on other nodes answer clients outside the cluster themselves.
+    policy_audit: nothing is dropped for a policy, only reported.
     metrics_address: besides the loopback, on which health is always answered. proxy_health_port:
     where /healthz is answered as kube-proxy does, 0: nowhere."""
 
@@ -80,6 +81,7 @@ class Config:
     node_ports: NodePortRule = ALL_ADDRESSES
     maglev_table_size: int = 0
     dsr: bool = False
+    policy_audit: bool = False
     metrics_address: str = "127.0.0.1"
     metrics_port: int = 9880
     proxy_health_port: int = 0
@@ -109,6 +111,7 @@ def parse_config(
     maps = _Reader(reader.take("maps", dict, {}), "maps.")
     xdp = _Reader(reader.take("xdp", dict, {}), "xdp.")
     balancer = _Reader(reader.take("loadBalancer", dict, {}), "loadBalancer.")
+    policy = _Reader(reader.take("policy", dict, {}), "policy.")
     paths = _Reader(reader.take("paths", dict, {}), "paths.")
     level = reader.choice("logLevel", LEVELS, "info")
     host_ip = environment.get("HOST_IP", "")
@@ -147,6 +150,7 @@ def parse_config(
         node_ports=_node_ports(reader),
         maglev_table_size=_maglev_table_size(balancer),
         dsr=balancer.choice("mode", MODES, "snat") == "dsr",
+        policy_audit=policy.take("audit", bool, False),
         metrics_address=reader.address("metricsAddress", "127.0.0.1"),
         metrics_port=reader.number(
             "metricsPort", 9880, lambda n: 0 <= n < 65536, "a port, or 0 for none"
@@ -166,7 +170,7 @@ def parse_config(
             }
         ),
     )
-    readers = (reader, maps, xdp, balancer, paths)
+    readers = (reader, maps, xdp, balancer, policy, paths)
     problems = [problem for part in readers for problem in part.finish()]
     problems += [
         f"environment variable {name} is not set"

@@ -14,7 +14,7 @@ from weir.datapath.records import Event, EventKind
 
 logger = logging.getLogger(__name__)
 
-DROPS = 1 << EventKind.DROP
+DROPS = 1 << EventKind.DROP | 1 << EventKind.AUDIT
 EVERYTHING = DROPS | 1 << EventKind.ALLOW
 BACKLOG = 4096
 

@@ -10,6 +10,7 @@ import msgspec
 from weir.agent.classes import ClassContent
 from weir.agent.rule_sets import RuleName, RuleSetKey
 from weir.agent.tables import Projection
+from weir.datapath.datapath import Tables
 
 logger = logging.getLogger(__name__)
 
@@ -53,3 +54,22 @@ def restore(projection: Projection, dumped: bytes) -> None:
     projection.class_numbers.restore(known.classes, known.following[0])
     projection.rule_set_numbers.restore(known.rule_sets, known.following[1])
     projection.rule_numbers.restore(known.rules, known.following[2])
+
+
+def reserve(projection: Projection, tables: Tables) -> None:
+    """New numbers come after those that the kernel's rows mention. Blocks."""
+    classes = {row.class_ for _, row in tables.addresses.items()}
+    classes |= {row.class_ for _, row in tables.prefixes.items()}
+    wired = [row for _, row in tables.endpoints.items()]
+    classes |= {row.class_ for row in wired}
+    rule_sets: set[int] = set()
+    rules: set[int] = set()
+    for key, verdict in tables.policy.items():
+        classes.add(key.peer)
+        rule_sets.add(key.rule_set)
+        rules.add(verdict.rule)
+    for row in wired:
+        rule_sets |= {row.egress.rule_set, row.ingress.rule_set}
+    projection.class_numbers.reserve(classes)
+    projection.rule_set_numbers.reserve(rule_sets)
+    projection.rule_numbers.reserve(rules)

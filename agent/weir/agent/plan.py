@@ -15,13 +15,21 @@ around it, or to that. It comes in step 2, before wider ones do and those that a
 it goes at the end of step 4, when it has the class that its addresses will have without it.
 
 The class that an address is in during step 3 (b, a ∪ b or a) gets copies of the rows of both a
-and b, of old rule sets and of new ones, as far as it lacks them, and loses them in step 5.
+and b, of old rule sets and of new ones, as far as it lacks them, and loses them in step 5. Of two
+rows for one key the lower order stays, as for a class with both selectors.
 
-A verdict is an OR over rows and rows are a union over a class's selectors. So throughout the
-change of one policy in one direction, or of the labels of a pod elsewhere, or while a policy
-comes or goes, what old and new state both allow is allowed and what both deny is denied:
-tests/unit checks it op by op. Several such changes in one delta, or a relabelled pod of this node
-(first other pods' peer, then subject), look like some order of them, one after the other.
+So a rule set finds in that class what it found in a, if it is old, and what it will find in b, if
+it is new, as long as nothing but the policies changed: of their selectors, one that a and b do not
+share is in no rule set of the other side. Where labels changed, and no endpoint's isolation,
+addresses move from a to b at once in step 2: each is one write, and rule sets have rows for both.
+
+A verdict of a union is an OR over its rows; an ordered rule set's rules never change, a subject
+gets another one. So throughout the change of one policy in one direction, or of the labels of a
+pod elsewhere, or while a policy comes or goes, what old and new state both allow is allowed and
+what both deny is denied: tests/unit checks it op by op. For ClusterNetworkPolicies that is so for
+each direction: one that comes, goes or changes in both looks like two. Several such changes in one
+delta, or a relabelled pod of this node (first other pods' peer, then subject), look like some order
+of them, one after the other.
 """
 
 from __future__ import annotations
@@ -77,7 +85,7 @@ def plan(
 ) -> Plan:
     """`policy`: has the desired rows, of which classes on their way need copies. `prefixes`: the
     desired rows, among which those that come or go lie."""
-    moves = Moves(numbers)
+    moves = Moves(numbers, switching=_switches(delta.endpoints))
     early_addresses, late_addresses = moves.split(delta.addresses, _address_class)
     early_prefixes, late_prefixes = moves.prefixes(delta.prefixes, prefixes)
     early, isolate, switch, free, late = moves.endpoints(delta.endpoints)
@@ -127,10 +135,12 @@ def plan(
 
 
 class Moves:
-    """Which way each address goes from one class to another."""
+    """Which way each address goes from one class to another. `switching`: endpoints get another
+    isolation meanwhile."""
 
-    def __init__(self, numbers: Numbers[ClassContent]) -> None:
+    def __init__(self, numbers: Numbers[ClassContent], *, switching: bool) -> None:
         self._numbers = numbers
+        self._switching = switching
         self._between: dict[tuple[int, int], int] = {}
         self.borrowed: list[int] = []
 
@@ -206,7 +216,7 @@ class Moves:
 
     def between(self, old: int, new: int) -> int:
         """The class to be in while endpoints switch: old, new, or one that is both."""
-        if old == new:
+        if old == new or not self._switching:
             return new
         number = self._between.get((old, new))
         if number is not None:
@@ -241,7 +251,9 @@ class Moves:
         for key, verdict in chain(gone, wanted):
             for number in targets.get(key.peer, ()):
                 copy = replace(key, peer=number)
-                if policy.rows.get(copy) is None:
+                if policy.rows.get(copy) is not None:
+                    continue
+                if copy not in copies or verdict.order <= copies[copy].order:
                     copies[copy] = verdict
         return copies
 
@@ -281,6 +293,15 @@ def _op(table: str, upserts: Mapping[K, V], deletes: tuple[K, ...] = ()) -> AnyO
 
 def _some(ops: list[AnyOp]) -> list[AnyOp]:
     return [op for op in ops if op.upserts or op.deletes]
+
+
+def _switches(endpoints: Mapping[Addr, Change[records.Endpoint]]) -> bool:
+    return any(
+        old is not None
+        and new is not None
+        and (old.egress, old.ingress) != (new.egress, new.ingress)
+        for old, new in endpoints.values()
+    )
 
 
 def _judge_again(delta: Delta) -> bool:

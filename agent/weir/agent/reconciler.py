@@ -13,11 +13,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from weir.agent.apply import AnyTable, Outcome, apply_group, compare
+from weir.agent.apply import AnyTable, Outcome, apply_group, compare, denies_more
 from weir.agent.errors import Rejected
 from weir.agent.plan import plan
 from weir.agent.rows import Change
@@ -80,6 +80,7 @@ class Health:
     compare: bool = True
     rejected: dict[str, set[Hashable]] = field(default_factory=dict)
     full_retry_at: float = 0.0
+    shut: set[int] = field(default_factory=set)  # rule sets, see Outcome
 
 
 @dataclass(slots=True)
@@ -262,7 +263,11 @@ class Reconciler:
         made = plan(delta, numbers, self.projection.policy, prefixes)
         for group in due:
             ops = getattr(made, group)
-            outcome = await asyncio.to_thread(apply_group, ops, self.tables) if ops else Outcome()
+            outcome = Outcome()
+            if ops:
+                untried = self.health[group].rejected.get("policy", set()) - delta.policy.keys()
+                shut = self._shut_by(untried)
+                outcome = await asyncio.to_thread(apply_group, ops, self.tables, shut)
             self._account(group, outcome, delta)
         for number in made.borrowed:
             numbers.release(number)
@@ -310,11 +315,29 @@ class Reconciler:
                 rejected.setdefault(name, set()).update(untried)
         self._name_rejected(health.rejected, rejected)
         health.rejected = rejected
+        if group == "policy":
+            self._account_shut(health, outcome.shut)
         if any(c.new is None for name in rejected for c in getattr(delta, name).values()):
             health.full_retry_at = 0.0  # room was made
             self.wake()
         elif self._clock() >= health.full_retry_at:
             health.full_retry_at = self._clock() + FULL_RETRY_SECONDS
+
+    def _shut_by(self, keys: Iterable[Hashable]) -> set[int]:
+        """Rule sets that are shut as these rows of theirs are not there."""
+        desired: Mapping[Any, Any] = self.projection.policy.rows.rows
+        rows = ((key, desired.get(key)) for key in keys)
+        return {key.rule_set for key, row in rows if row is not None and denies_more(row)}  # type: ignore[attr-defined]  # PolicyKey
+
+    def _account_shut(self, health: Health, written: set[int]) -> None:
+        now = self._shut_by(health.rejected.get("policy", ()))
+        # Established flows through what has been shut.
+        self._bump_owed |= bool(written - health.shut)
+        if (health.shut | written) - now:
+            # Open again, which the comparison sees to.
+            health.compare = True
+            self.wake()
+        health.shut = now
 
     def _failed(self, group: str, error: DatapathError) -> None:
         health = self.health[group]

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import random
 import ssl
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +20,7 @@ import grpc
 import grpc.aio
 
 from weir.agent.errors import NoServer
+from weir.agent.rule_sets import PolicyName
 from weir.agent.servers import SERVICE, Known
 from weir.agent.store import Position
 from weir.api.v1 import weir_pb2 as pb
@@ -118,6 +119,7 @@ class OperatorStream:
         self._turn = random.randrange(1 << 16)  # noqa: S311  spreads agents, no secret
         self._revision = 0
         self._ready = False
+        self._troubles: dict[PolicyName, str] = {}
 
     # ---- what the agent says
 
@@ -135,6 +137,20 @@ class OperatorStream:
             return
         self._revision, self._ready = revision, ready
         self._acknowledge()
+
+    def tell_troubles(self, troubles: Mapping[PolicyName, str]) -> None:
+        """Policies that this node enforces with less than they allow: all of them."""
+        if troubles == self._troubles:
+            return
+        self._troubles = dict(troubles)
+        self._tell_troubles()
+
+    def _tell_troubles(self) -> None:
+        policies = [
+            pb.PolicyTrouble(namespace=namespace, name=name, message=message)
+            for (namespace, name), message in self._troubles.items()
+        ]
+        self._say(pb.AgentMessage(trouble=pb.Trouble(policies=policies)))
 
     def _acknowledge(self) -> None:
         self.state.acknowledged = self._revision
@@ -198,6 +214,8 @@ class OperatorStream:
             self.state.connects += 1
             if self._revision:
                 self._acknowledge()
+            if self._troubles:
+                self._tell_troubles()
             call: _Call = DistributionStub(channel).Sync(
                 None,  # it is written to
                 metadata=(("authorization", f"Bearer {token}"),),

@@ -8,7 +8,8 @@ import msgspec
 from weir.agent.backends import unpack
 from weir.agent.frontends import EXTERNAL, Rank, Row, ranges
 from weir.agent.reconciler import Reconciler
-from weir.agent.resources import Service, ServicePort
+from weir.agent.resources import Service, ServicePort, Tier
+from weir.agent.rule_sets import describe_policy
 from weir.agent.services import HOST_PORTS, ServiceName, describe
 from weir.agent.state import DesiredState
 from weir.agent.stream import StreamState
@@ -51,6 +52,7 @@ class StatusView(msgspec.Struct, frozen=True):
     pod_mtu: int
     pod_cidrs: list[str]
     routing: str
+    audit: bool  # policies drop nothing on this node
     xdp: dict[str, str]  # by uplink: how it is attached, "off", or "refused": wanted but not there
     tables: list[TableView]
     rejected: dict[str, list[str]]
@@ -71,6 +73,7 @@ class EndpointView(msgspec.Struct, frozen=True):
     egress: list[str]
     ingress: list[str]
     selectors: list[str]
+    audit: bool  # what policies deny it is reported and let through
 
 
 class ServiceView(msgspec.Struct, frozen=True):
@@ -96,12 +99,16 @@ class ServiceView(msgspec.Struct, frozen=True):
 
 
 class PolicyView(msgspec.Struct, frozen=True):
+    """tier, priority: of a ClusterNetworkPolicy; in force in the order of both."""
+
     policy: str
     subject: str
     ingress: bool
     egress: bool
     rules: int
     pods: list[str]
+    tier: str
+    priority: int
 
 
 def tables(reconciler: Reconciler) -> list[TableView]:
@@ -134,6 +141,7 @@ def status(  # the one place where all of it comes together
     uplinks: list[str],
     mtu: int,
     routing: str,
+    audit: bool,
     xdp: dict[str, str],
     flow_warnings: list[str],
 ) -> StatusView:
@@ -156,6 +164,7 @@ def status(  # the one place where all of it comes together
         pod_mtu=mtu,
         pod_cidrs=[prefix.text() for prefix in own.pod_cidrs] if own else [],
         routing=routing,
+        audit=audit,
         xdp=xdp,
         tables=tables(reconciler),
         rejected=reconciler.rejected_owners(),
@@ -182,9 +191,10 @@ def endpoints(projection: Projection) -> list[EndpointView]:
                 device=endpoint.host_ifname,
                 container=endpoint.container_id,
                 class_number=number,
-                egress=["/".join(name) for name in egress],
-                ingress=["/".join(name) for name in ingress],
+                egress=list(map(describe_policy, egress)),
+                ingress=list(map(describe_policy, ingress)),
                 selectors=sorted(projection.identity.content(number).selectors),
+                audit=any(item is not None and item.audit for item in located),
             )
         )
     return sorted(views, key=lambda view: view.pod)
@@ -258,14 +268,16 @@ def policies(projection: Projection) -> list[PolicyView]:
             pods.setdefault(name, set()).add(view.pod)
     return [
         PolicyView(
-            policy=f"{item.namespace}/{item.name}",
+            policy=describe_policy(name),
             subject=projection.identity.selector_key(item.subject),
             ingress=item.ingress,
             egress=item.egress,
             rules=len(item.rules),
-            pods=sorted(pods.get(f"{item.namespace}/{item.name}", ())),
+            pods=sorted(pods.get(describe_policy(name), ())),
+            tier=item.tier.name.lower() if item.tier != Tier.NETWORK_POLICY else "",
+            priority=item.priority,
         )
-        for _, item in sorted(projection.policies().items())
+        for name, item in sorted(projection.policies().items())
     ]
 
 

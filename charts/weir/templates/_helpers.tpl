@@ -26,6 +26,8 @@ uplinks: {{ toJson .Values.uplinks }}
 xdp:
   mode: {{ .Values.xdp.mode | default "off" | quote }}
   services: {{ .Values.xdp.services }}
+policy:
+  audit: {{ .Values.policy.audit }}
 masquerade: {{ .Values.masquerade.enabled }}
 masqueradeExcludeCIDRs: {{ toJson .Values.masquerade.excludeCIDRs }}
 apiServer: {{ .Values.apiServer | quote }}

@@ -51,7 +51,11 @@ def parser() -> argparse.ArgumentParser:
     text = "packets as they are dropped, and why"
     monitor = commands.add_parser("monitor", help=text, description=text, parents=[common])
     which = monitor.add_mutually_exclusive_group()
-    which.add_argument("--drops", action="store_true", help="dropped packets (the default)")
+    which.add_argument(
+        "--drops",
+        action="store_true",
+        help="dropped packets, and what audit mode let through (the default)",
+    )
     which.add_argument("--all", action="store_true", help="new flows that are allowed, too")
     monitor.add_argument("--pod", default="", metavar="NAMESPACE/NAME", help="only from or to it")
     flows.add_parsers(commands, common)

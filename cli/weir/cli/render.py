@@ -82,6 +82,8 @@ def status(answers: Sequence[Answer]) -> str:
 def _notes(data: dict[str, Any]) -> Iterable[str]:
     if data["why_not"]:
         yield data["why_not"]
+    if data.get("audit"):
+        yield "audit mode (policy.audit): what policies deny is reported and let through"
     if not data["operator_connected"]:
         yield f"no operator: {data['operator_error']}; the last known state stays in force"
     for group, error in data["errors"].items():
@@ -107,7 +109,7 @@ def endpoints(answers: Sequence[Answer]) -> str:
     rows = [
         [
             answer.node,
-            item["pod"],
+            item["pod"] + (" (audit)" if item.get("audit") else ""),
             ",".join(item["addresses"]),
             ",".join(item["ingress"]) or "-",
             ",".join(item["egress"]) or "-",
@@ -173,6 +175,7 @@ def policies(answers: Sequence[Answer]) -> str:
         [
             answer.node,
             item["policy"],
+            f"{item['tier']} {item['priority']}" if item.get("tier") else "-",
             "+".join(word for word in ("ingress", "egress") if item[word]),
             str(item["rules"]),
             item["subject"],
@@ -181,7 +184,7 @@ def policies(answers: Sequence[Answer]) -> str:
         for answer in answers
         for item in answer.data or ()
     ]
-    header = ["NODE", "POLICY", "ISOLATES", "RULES", "SUBJECT", "PODS HERE"]
+    header = ["NODE", "POLICY", "TIER", "DIRECTIONS", "RULES", "SUBJECT", "PODS HERE"]
     return _with_errors(table(header, rows), answers)
 
 
@@ -191,7 +194,8 @@ def flush(answers: Sequence[Answer]) -> str:
 
 
 def event(node: str, item: dict[str, Any]) -> str:
-    """One line: time, verdict, reason, who to whom, direction, who decided."""
+    """One line: time, verdict, reason, who to whom, direction, who decided. AUDIT: what would have
+    been dropped for the reason."""
     clock = time.strftime("%H:%M:%S", time.localtime(item["time"]))
     clock += f".{int(item['time'] * 1000) % 1000:03d}"
     words = [clock, *([node] if node else []), item["verdict"].upper()]
@@ -201,6 +205,8 @@ def event(node: str, item: dict[str, Any]) -> str:
     words += [f"{ends}/{item['protocol']}", item["direction"]]
     if item["policies"]:
         words.append(f"by {', '.join(item['policies'])}")
+    if item.get("rule"):
+        words.append(f"({item['rule'].partition(' of ')[0]})")
     if item["near_miss"]:
         words.append(f"({item['near_miss']})")
     return " ".join(words)
