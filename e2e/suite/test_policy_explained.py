@@ -123,7 +123,7 @@ def cluster_policy(name: str, space: str, **spec: Any) -> Manifest:
 def test_a_rule_of_the_cluster_that_denies(cluster: World, objects: Objects) -> None:
     """Its NetworkPolicy would let it through; the rule before it passes other ports."""
     ports = [{"tcp": {"destinationPort": {"number": FIRST}}}]
-    everybody = [{"namespaces": {}}]
+    everybody: list[Manifest] = [{"namespaces": {}}]
     name = f"explained-{cluster.a}"
     objects.apply(
         policy(cluster.a, "open", WEB, ingress=[{}]),
