@@ -13,6 +13,7 @@ import signal
 import socket
 import threading
 import time
+from typing import Any
 
 import pytest
 from support.agents import (
@@ -25,6 +26,7 @@ from support.operators import ScriptedOperator
 from support.traffic import Echo, connects, deny_all, eventually
 
 from weir.api.v1 import weir_pb2 as pb
+from weir.cli.main import main
 
 
 def test_pods_are_wired_and_policy_decides(
@@ -102,6 +104,49 @@ def test_the_monitor_names_policy_and_near_miss(
     assert event["destination"] == {"address": addresses["b"][0], "port": 80, "pod": "ns/b"}
     assert event["policies"] == ["ns/web-only"]
     assert event["near_miss"] == "ingress rule 0 of ns/web-only matches all but the port"
+
+
+def test_the_command_tells_what_the_packets_do(
+    agent: AgentNode,
+    operator: ScriptedOperator,
+    pods: dict[str, NetNs],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`weir policy` on the node: why, before and after the policy, and what was denied."""
+
+    def weir(*words: str) -> Any:
+        socket_path = agent.folder / "run" / "agent.sock"
+        code = main(["policy", *words, "-o", "json", f"--socket={socket_path}"])
+        return code, json.loads(capsys.readouterr().out)
+
+    agent.start()
+    addresses = {name: agent.add(pods[name], name) for name in "ab"}
+    code, told = weir("why", "ns/a", "ns/b", "80/tcp")
+    assert (code, told["allowed"], told["missing"]) == (0, True, []), told
+    assert len(told["directions"]) == 4, "egress and ingress, IPv4 and IPv6"
+    policy = deny_all("web-only", 2, 1)
+    policy.policy.rules[0].ports.append(pb.PortRange(protocol=6, first=443, last=443))
+    operator.wait_acknowledged(operator.set(policy))
+    for address in addresses["b"]:
+        assert not connects(pods["a"], address, 80)
+    code, told = weir("why", "ns/a", "ns/b", "80/tcp")
+    assert (code, told["allowed"]) == (0, False), told
+    denied = [one for one in told["directions"] if not one["maps"]["allowed"]]
+    assert {(one["direction"], one["destination"]) for one in denied} == {
+        ("ingress", address) for address in addresses["b"]
+    }
+    for one in denied:
+        assert one["agree"]
+        assert one["model"]["near_misses"][0]["wants"] == "TCP port 443"
+    assert weir("why", "ns/a", addresses["b"][0], "443/tcp")[1]["allowed"] is True
+    _, [answer] = weir("denials")
+    assert {row["destination"]["address"] for row in answer["data"]} == set(addresses["b"])
+    for row in answer["data"]:
+        assert (row["source"]["pod"], row["destination"]["port"]) == ("ns/a", 80)
+        assert (row["policies"], row["packets"] > 0) == (["ns/web-only"], True)
+        assert abs(row["last_seen"] - time.time()) < 60
+    code, told = weir("why", "ns/a", "10.244.9.9", "80/tcp")
+    assert (code, told["allowed"], told["directions"][0]["direction"]) == (0, True, "egress"), told
 
 
 class Pinger:

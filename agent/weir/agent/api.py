@@ -21,12 +21,14 @@ from weir.agent.flows import Flows
 from weir.agent.reconciler import Reconciler
 from weir.agent.stream import StreamState
 from weir.agent.walks import Exchanged
+from weir.agent.why import BadQuestion
 from weir.datapath.errors import DatapathError
 from weir.datapath.records import Metric, MetricKey
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 5.0
+EXCHANGED = "the datapath was exchanged meanwhile: do it again"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -66,9 +68,33 @@ def local_api(agent: Agent) -> web.Application:
     app.router.add_get("/v1/services", services)
     app.router.add_get("/v1/policies", policies)
     app.router.add_get("/v1/events", _events(agent))
+    app.router.add_get("/v1/policy/why", _why(agent))
+    app.router.add_get("/v1/policy/denials", _denials(agent))
     app.router.add_get("/v1/ct", _ct_list(agent))
     app.router.add_post("/v1/ct/flush", _ct_flush(agent))
     return app
+
+
+def _why(agent: Agent) -> Handler:
+    async def answer(request: web.Request) -> web.Response:
+        try:
+            return _json(await agent.flows.why.answer(request.query))
+        except BadQuestion as error:
+            raise web.HTTPBadRequest(text=str(error)) from error
+        except (DatapathError, Exchanged) as error:
+            raise web.HTTPServiceUnavailable(text=str(error) or EXCHANGED) from error
+
+    return answer
+
+
+def _denials(agent: Agent) -> Handler:
+    async def denials(_request: web.Request) -> web.Response:
+        try:
+            return _json(await agent.flows.denials.listed())
+        except (DatapathError, Exchanged) as error:
+            raise web.HTTPServiceUnavailable(text=str(error) or EXCHANGED) from error
+
+    return denials
 
 
 def _filter(request: web.Request) -> Filter:
@@ -105,8 +131,7 @@ def _ct_flush(agent: Agent) -> Handler:
         try:
             gone = await agent.flows.conntrack.flush(wanted)
         except (DatapathError, Exchanged) as error:
-            text = str(error) or "the datapath was exchanged meanwhile: do it again"
-            raise web.HTTPServiceUnavailable(text=text) from error
+            raise web.HTTPServiceUnavailable(text=str(error) or EXCHANGED) from error
         logger.info("flushed %d flows (%s)", gone, dict(request.query))
         return _json({"flows": gone})
 

@@ -81,7 +81,7 @@ class App:
         explainer = Explainer(self.projection, self._store.resources)
         self.flows = Flows(
             self.projection,
-            explainer.pod_name,
+            explainer,
             self._gate,
             lambda: self._datapath.tables,
             lambda: [endpoint.netns for endpoint in self._endpoints.endpoints.values()],

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from weir.agent.explain import PROTOCOLS, Party
+from weir.agent.explain import Party
 from weir.agent.sweep import Place
 from weir.agent.tables import Projection
+from weir.agent.verdict import PROTOCOLS
 from weir.agent.walks import AnyBatch, Walks
 from weir.api.address import Addr, parse, text
 from weir.datapath.datapath import Tables

@@ -12,14 +12,15 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from weir.agent import resources
+from weir.agent import resources, verdict
 from weir.agent.errors import BadResource
-from weir.agent.rule_sets import PolicyRule, describe_policy
+from weir.agent.resources import Action
+from weir.agent.rule_sets import describe_policy
 from weir.agent.tables import Projection
+from weir.agent.verdict import PROTOCOLS, Question
+from weir.agent.verdict import Party as End
 from weir.api.address import Addr, text
-from weir.datapath.records import Direction, DropReason, Event, EventKind, Verdict
-
-PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
+from weir.datapath.records import Direction, DropReason, Event, EventKind
 
 
 class Party(msgspec.Struct, frozen=True):
@@ -60,11 +61,11 @@ class Explainer:
         return Explained(
             time=clock() - behind,
             verdict=_kind(event.kind),
-            reason=_reason(event.reason) if not passed else "",
+            reason=reason_text(event.reason) if not passed else "",
             direction=Direction(event.direction).name.lower() if event.direction < 2 else "",
             protocol=PROTOCOLS.get(event.protocol, str(event.protocol)),
-            source=self._party(event.source, event.source_port),
-            destination=self._party(event.destination, event.destination_port),
+            source=self.party(event.source, event.source_port),
+            destination=self.party(event.destination, event.destination_port),
             policies=policies,
             near_miss=near_miss,
             bytes=event.length,
@@ -88,7 +89,29 @@ class Explainer:
                 return f"node {node.name}"
         return ""
 
-    def _party(self, addr: Addr, port: int) -> Party:
+    def addresses_of(self, pod: str) -> tuple[Addr, ...]:
+        """Of namespace/name: none if no pod with addresses of its own is known by it."""
+        for endpoint in self._projection.placement.local.values():
+            if str(endpoint.pod) == pod:
+                return endpoint.addresses
+        namespace, _, name = pod.partition("/")
+        found: list[Addr] = []
+        for key, encoded in self._encoded.items():
+            # Most are told apart without decoding them.
+            if not key.startswith("address/") or name.encode() not in encoded:
+                continue
+            try:
+                _, item = resources.parse(encoded)
+            except BadResource:
+                continue
+            if isinstance(item, resources.Address) and (item.namespace, item.pod) == (
+                namespace,
+                name,
+            ):
+                found.append(item.address)
+        return tuple(sorted(found))
+
+    def party(self, addr: Addr, port: int) -> Party:
         return Party(text(addr), port, self.pod_name(addr))
 
     def _decided(self, event: Event) -> tuple[tuple[str, ...], str, str]:
@@ -96,55 +119,45 @@ class Explainer:
         if event.reason == DropReason.BLOCKED:
             lists = self._projection.blocks.names(event.rule)
             return tuple(f"BlockList {name}" for name in lists), "", ""
-        if event.rule:
-            rule = self._projection.rule_numbers.key(event.rule)
-            if rule is None:
-                return (), "", ""
-            return (describe_policy((rule.namespace, rule.policy)),), str(rule), ""
-        if not event.rule_set or event.kind == EventKind.ALLOW:
+        if not event.rule and event.kind == EventKind.ALLOW:
             return (), "", ""
-        names = self._projection.policy.policies_of(event.rule_set)
-        if event.reason != DropReason.UNKNOWN_PEER:
+        policies, rule = self.deciders(event.rule, event.rule_set, event.reason)
+        near_miss = self._near_miss(event) if event.rule_set and not event.rule else ""
+        return policies, rule, near_miss
+
+    def deciders(self, rule: int, rule_set: int, reason: int) -> tuple[tuple[str, ...], str]:
+        """Policies that decided, and the rule by which, if one did, as people know them."""
+        if rule:
+            known = self._projection.rule_numbers.key(rule)
+            if known is None:
+                return (), ""
+            return (describe_policy((known.namespace, known.policy)),), str(known)
+        names = self._projection.policy.policies_of(rule_set)
+        if reason != DropReason.UNKNOWN_PEER:
             # No rule denied it: so they did who let nothing through but what a rule allows.
             names = tuple(name for name in names if name[0]) or names
-        return tuple(map(describe_policy, names)), "", self._near_miss(event)
+        return tuple(map(describe_policy, names)), ""
 
     def _near_miss(self, event: Event) -> str:
         egress = event.direction == Direction.EGRESS
-        peer = event.destination_class if egress else event.source_class
-        subject = event.source_class if egress else event.destination_class
-        content = self._projection.identity.content(peer)
-        named = self._projection.identity.content(peer if egress else subject).ports
-        rule_set = self._projection.policy.rule_set(event.rule_set)
-        for rule in rule_set.rules if rule_set is not None else ():
-            if rule.verdict != Verdict.ALLOW:
-                continue
-            by_peer = rule.peers is None or not rule.peers.isdisjoint(content.selectors)
-            by_port = _port_matches(rule, event, {(p.name, p.protocol, p.port) for p in named})
-            label = self._projection.rule_numbers.key(rule.number)
-            if by_peer == by_port or label is None:
-                continue
-            missed = "port" if by_peer else "peer"
-            return f"{label} matches all but the {missed}"
-        return ""
+        content = self._projection.identity.content
+        ends = (
+            End(text(event.source), content(event.source_class)),
+            End(text(event.destination), content(event.destination_class)),
+        )
+        subject, peer = ends if egress else ends[::-1]
+        question = Question(egress, subject, peer, event.protocol, event.destination_port)
+        known = self._projection.policies()
+        policies = (
+            verdict.of_resource(known[name], self._projection.identity)
+            for name in self._projection.policy.policies_of(event.rule_set)
+            if name in known
+        )
+        near_misses = verdict.near_misses(policies, question, {Action.ACCEPT})
+        return next((near.text() for near in near_misses), "")
 
 
-def _port_matches(rule: PolicyRule, event: Event, named: set[tuple[str, int, int]]) -> bool:
-    if not rule.ports:
-        return True
-    port, protocol = event.destination_port, event.protocol
-    for spec in rule.ports:
-        if spec.name and (spec.name, protocol, port) in named and spec.protocol == protocol:
-            return True
-        for prefix in spec.prefixes:
-            if prefix.protocol == protocol and prefix.port >> (16 - prefix.bits) == port >> (
-                16 - prefix.bits
-            ):
-                return True
-    return False
-
-
-def _reason(number: int) -> str:
+def reason_text(number: int) -> str:
     try:
         return DropReason(number).name.lower().replace("_", "-")
     except ValueError:

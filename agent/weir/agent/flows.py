@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Mapping
 
 from weir.agent.aging import Aging
 from weir.agent.conntrack import Conntrack
+from weir.agent.denials import Denials
+from weir.agent.explain import Explainer
 from weir.agent.gate import Gate
 from weir.agent.rows import Change
 from weir.agent.sweep import Watch
 from weir.agent.sweeper import Sweeper
 from weir.agent.tables import Projection
 from weir.agent.walks import Walks
-from weir.api.address import Addr
+from weir.agent.why import Why
 from weir.datapath.datapath import Tables
 from weir.datapath.records import Service, ServiceKey
 
@@ -30,7 +32,7 @@ class Flows:
     def __init__(
         self,
         projection: Projection,
-        pod_name: Callable[[Addr], str],
+        explainer: Explainer,
         gate: Gate,
         tables: Callable[[], Tables],
         namespaces: Callable[[], Iterable[str]],
@@ -40,7 +42,9 @@ class Flows:
         self._watch = Watch(services.serving, services.backends.packed, lambda: services.facts.own)
         self.sweeper = Sweeper(self._watch, walks, namespaces)
         self.aging = Aging(self._watch, walks)
-        self.conntrack = Conntrack(projection, pod_name, walks)
+        self.conntrack = Conntrack(projection, explainer.pod_name, walks)
+        self.denials = Denials(explainer, walks)
+        self.why = Why(projection, explainer, walks)
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:

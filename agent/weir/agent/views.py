@@ -6,7 +6,6 @@ from __future__ import annotations
 import msgspec
 
 from weir.agent.backends import unpack
-from weir.agent.explain import PROTOCOLS
 from weir.agent.frontends import EXTERNAL, Rank, Row, ranges
 from weir.agent.reconciler import Reconciler
 from weir.agent.resources import Service, ServicePort, Tier
@@ -16,6 +15,7 @@ from weir.agent.state import DesiredState
 from weir.agent.stream import StreamState
 from weir.agent.tables import Projection
 from weir.agent.topology import of_family, terminating
+from weir.agent.verdict import PROTOCOLS
 from weir.api.address import Addr, text
 from weir.datapath.records import ServiceFlag
 

@@ -51,6 +51,11 @@ class Walks:
             yield found
             await asyncio.sleep(pause)
 
+    async def read(self, work: Callable[[Tables], T]) -> T:
+        """What `work` makes of the tables, in a thread: few lookups, or a small table."""
+        tables = self._tables()
+        return await self._inside(tables, lambda: work(tables))
+
     async def delete(self, tables: Tables, batch: AnyBatch, picked: Sequence[int]) -> int:
         """As `Batch.delete`, of a batch of these tables."""
         if not picked:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from weir.cli import flows, render
+from weir.cli import flows, policy, render
 from weir.cli.errors import CliError
 from weir.cli.source import SOCKET, Answer, Kubectl, Local, Question, Source
 
@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--all", action="store_true", help="new flows that are allowed, too")
     monitor.add_argument("--pod", default="", metavar="NAMESPACE/NAME", help="only from or to it")
     flows.add_parsers(commands, common)
+    policy.add_parsers(commands, common)
     return main_parser
 
 
@@ -87,6 +88,8 @@ def run(arguments: argparse.Namespace, where: Source) -> int:
         return _monitor(arguments, where)
     if arguments.command == "ct":
         return flows.run(arguments, where)
+    if arguments.command == "policy":
+        return policy.run(arguments, where)
     name = arguments.command
     answers = where.ask(Question(f"/v1/{name}", (name,)))
     if arguments.output == "json":

@@ -27,6 +27,9 @@ SELECTOR = "app.kubernetes.io/name=weir-agent"
 AT_ONCE = 16
 TIMEOUT_SECONDS = 20
 LIST_SECONDS = 30
+OBJECTS_SECONDS = 120
+NO_SUCH_KIND = "doesn't have a resource type"
+REACH = "Check that kubectl reaches the cluster (KUBECONFIG, --kubeconfig, --context)."
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,8 @@ class Local:
                 "elsewhere set KUBECONFIG, so that agents are asked through kubectl.",
             ) from error
         if response.status in {400, 503}:
-            raise CliError(response.read().decode(errors="replace"), "See `weir ct list --help`.")
+            said = response.read().decode(errors="replace")
+            raise CliError(said, "The command with --help says what it takes.")
         if response.status != 200:
             raise CliError(
                 f"the agent answers {response.status} to {path}",
@@ -213,15 +217,28 @@ class Kubectl:
                 process.terminate()
                 process.wait()
 
+    def get(self, resource: str, *, optional: bool = False) -> str:
+        """All objects of a kind in all namespaces, as JSON. optional: a cluster that does not have
+        the kind has none of it."""
+        done = self._run(["get", resource, "--all-namespaces", "-o", "json"], OBJECTS_SECONDS)
+        if done.returncode and optional and NO_SUCH_KIND in done.stderr:
+            return '{"metadata": {}, "items": []}'
+        if done.returncode:
+            raise CliError(f"kubectl get {resource}: {_last_line(done.stderr)}", REACH)
+        return done.stdout
+
+    def default_namespace(self) -> str:
+        """What kubectl takes for objects that name none."""
+        words = ["config", "view", "--minify", "-o", "jsonpath={..namespace}"]
+        done = self._run(words, LIST_SECONDS)
+        return done.stdout.strip() or "default"
+
     def _pods(self) -> dict[str, str]:
         """Running agents' pod names by node."""
         command = ["get", "pods", "-n", self.namespace, "-l", SELECTOR, "-o", "json"]
         done = self._run(command, LIST_SECONDS)
         if done.returncode:
-            raise CliError(
-                f"kubectl: {_last_line(done.stderr)}",
-                "Check that kubectl reaches the cluster (KUBECONFIG, --kubeconfig, --context).",
-            )
+            raise CliError(f"kubectl: {_last_line(done.stderr)}", REACH)
         items = json.loads(done.stdout)["items"]
         pods = {
             item["spec"]["nodeName"]: item["metadata"]["name"]
