@@ -12,9 +12,11 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from e2e.cluster import without_sctp
 from e2e.cluster.errors import ClusterError
 from e2e.cluster.paths import REPOSITORY
 
@@ -54,6 +56,7 @@ class GoModule:
     # Other versions of what it requires, where its own are not served: (module, version).
     replaced: tuple[tuple[str, str], ...] = ()
     source: Path | None = None  # our own source instead of an upstream module
+    edit: Callable[[Path], None] | None = None  # changes a copy of the module before it is built
 
     def imports(self) -> list[str]:
         return [program.package for program in self.programs]
@@ -67,6 +70,7 @@ _KUBE_COMMANDS = (
 _KUBE_IMAGES = ("agnhost", "regression-issue-74839")
 _CONTAINERD = "github.com/containerd/containerd/v2"
 _KUBE_ROUTER = "github.com/cloudnativelabs/kube-router/v2"
+_POLICY_API = ("sigs.k8s.io/network-policy-api", "v0.2.0")
 
 # agnhost, the suite and ginkgo share Kubernetes' module: its go.sum must cover them all.
 MODULES = (
@@ -127,6 +131,17 @@ MODULES = (
         replaced=(("github.com/vishvananda/netlink", "v1.3.1"),),
     ),
     GoModule(
+        "policy",
+        *_POLICY_API,
+        (Program("policy.test", f"{_POLICY_API[0]}/conformance", test=True),),
+    ),
+    GoModule(
+        "policy-without-sctp",
+        *_POLICY_API,
+        (Program("policy-without-sctp.test", f"{_POLICY_API[0]}/conformance", test=True),),
+        edit=without_sctp.edit,
+    ),
+    GoModule(
         RUNC_WRAPPER,
         "",
         "",
@@ -136,13 +151,15 @@ MODULES = (
 )
 
 CONFORMANCE = ("e2e.test", "ginkgo")
+POLICY_CONFORMANCE, POLICY_WITHOUT_SCTP = "policy.test", "policy-without-sctp.test"
 CNITOOL = ("cnitool",)
 KUBE_ROUTER = ("kube-router",)  # built by clusters that want it
 CLUSTER = tuple(
     program.name
     for module in MODULES
     for program in module.programs
-    if program.name not in CONFORMANCE + CNITOOL + KUBE_ROUTER
+    if program.name
+    not in (*CONFORMANCE, POLICY_CONFORMANCE, POLICY_WITHOUT_SCTP, *CNITOOL, *KUBE_ROUTER)
 )
 
 
@@ -225,6 +242,11 @@ def _write_module(go: str, module: GoModule, work: Path) -> None:
         parts = _staging_modules(go, module)
         lines += [f"replace {path} => {path} {_STAGING}" for path in parts]
     lines += [f"replace {path} => {path} {version}" for path, version in module.replaced]
+    if module.edit:
+        copy = work / "upstream"
+        shutil.copytree(module_folder(module.require, module.version), copy, copy_function=_copy)
+        module.edit(copy)
+        lines += [f"replace {module.require} => ./{copy.name}"]
     (work / "go.mod").write_text("\n".join(lines) + "\n")
     # A file that imports every program makes `go mod tidy` complete go.sum for all of them.
     imports = "\n".join(f'import _ "{path}"' for path in module.imports())
@@ -234,6 +256,11 @@ def _write_module(go: str, module: GoModule, work: Path) -> None:
     except ClusterError:
         (work / "go.sum").unlink(missing_ok=True)
         raise
+
+
+def _copy(source: str, target: str) -> None:
+    """The content alone: files of the module cache are read-only."""
+    shutil.copyfile(source, target)
 
 
 def _staging_modules(go: str, module: GoModule) -> list[str]:

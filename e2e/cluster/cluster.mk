@@ -31,6 +31,10 @@ deploy: setup ## build a changed Weir and roll it out on the cluster that is up
 conformance: ## Kubernetes' own suite on the cluster that is up or KUBECONFIG: LIST=conformance|others|dual-stack|load-balancer or FOCUS= SKIP=; PROCS=4
 	@PYTHONPATH=$(CURDIR) $(firstword $(wildcard $(PYTHON)) python3) -m e2e.conformance
 
+.PHONY: conformance-policy
+conformance-policy: ## upstream's ClusterNetworkPolicy suite on the cluster that is up or KUBECONFIG: PROFILE=all|standard FOCUS= SCTP=0|1
+	@PYTHONPATH=$(CURDIR) $(firstword $(wildcard $(PYTHON)) python3) -m e2e.conformance.policy
+
 .PHONY: kind-e2e
 kind-e2e: setup ## with Docker: build, make a kind cluster, install, run the e2e suite; KEEP=1 keeps it
 	@e2e/kind/run.sh

@@ -138,7 +138,8 @@ def _images(binary_folder: Path, work: Path) -> list[Image]:
         Image("coredns", (COREDNS_IMAGE,), (coredns,), ("/coredns",)),
         Image(
             "agnhost",
-            (AGNHOST_IMAGE, f"{_E2E}/agnhost:2.55"),
+            # 2.55: the suite's older tests; 2.45: ClusterNetworkPolicy's conformance
+            (AGNHOST_IMAGE, *(f"{_E2E}/agnhost:{tag}" for tag in ("2.55", "2.45"))),
             (large, coredns, agnhost),
             ("/agnhost",),
             ("pause",),

@@ -7,20 +7,18 @@ text, build/conformance/LIST-CLUSTER.txt, to be read beside another cluster's.
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
-from e2e.cluster import binaries, host, namespaces
+from e2e.cluster import binaries
 from e2e.cluster.errors import ClusterError
-from e2e.cluster.paths import KUBECONFIG, PKI, REPOSITORY, SETTINGS
-from e2e.cluster.settings import CONTROL_PLANE, Cni, load_settings
+from e2e.conformance import target
 from e2e.conformance.report import PASSED, Spec, read_output, read_report, write_list
+from e2e.conformance.target import OUTPUT
 
-OUTPUT = REPOSITORY / "build" / "conformance"
 _UNQUIET = r"\[Disruptive\]|\[Slow\]|\[Serial\]"
 _SELECTIONS = {  # name -> focus, skip
     "conformance": (r"\[sig-network\].*\[Conformance\]", r"\[Disruptive\]|\[Feature"),
@@ -51,38 +49,18 @@ def main() -> int:
 
 
 def _run() -> list[Spec]:
-    given = os.environ.get("KUBECONFIG")
-    kubeconfig = Path(given).resolve() if given else KUBECONFIG
-    local = kubeconfig == KUBECONFIG
-    if not kubeconfig.exists():
-        raise ClusterError(f"no kubeconfig {kubeconfig}", "run `make cluster`, or set KUBECONFIG")
+    where = target.find()
     folder = binaries.binary_folder()
     binaries.build((*binaries.CONFORMANCE, "kubectl"), folder)
     OUTPUT.mkdir(parents=True, exist_ok=True)
     report = OUTPUT / "report.json"
     for old in (report, OUTPUT / "results.json"):
         old.unlink(missing_ok=True)
-    nodes = _count_nodes(folder / "kubectl", kubeconfig)
-    # The suite talks to node addresses too. For the local cluster that works in the control
-    # plane's network, where the API server has its underlay address.
+    nodes = len(where.kubectl("get", "nodes", "--output=name").split())
     selection, focus, skip = _selection()
-    config = PKI / "admin.conf" if local else kubeconfig
-    command = _command(folder, config, nodes, focus, skip)
-    if local:
-        command = namespaces.entered(CONTROL_PLANE, command, only_network=True)
+    command = _command(folder, where.config, nodes, focus, skip)
     specs_seen = 0
-    with (
-        (OUTPUT / "log.txt").open("w") as log,
-        subprocess.Popen(
-            command,
-            cwd=OUTPUT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            preexec_fn=_join_control_plane if local else None,  # noqa: PLW1509 - no threads
-        ) as process,
-    ):
+    with (OUTPUT / "log.txt").open("w") as log, where.start(command) as process:
         assert process.stdout
         try:
             for spec in read_output(_kept(process.stdout, log)):
@@ -97,7 +75,7 @@ def _run() -> list[Spec]:
     results = [asdict(spec) for spec in specs]
     (OUTPUT / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     if selection:
-        stack, about = _cluster() if local else ("cluster", str(kubeconfig))
+        stack, about = where.describe()
         write_list(specs, OUTPUT / f"{selection}-{stack}.txt", f"{selection}: {about}")
     return specs
 
@@ -114,15 +92,6 @@ def _selection() -> tuple[str, str, str]:
         name = "conformance"
     focus, skip = _SELECTIONS[name or "conformance"]
     return name, given[0] or focus, given[1] or skip
-
-
-def _cluster() -> tuple[str, str]:
-    """A name of the local cluster's stack for a file, and its settings for people."""
-    settings = load_settings(SETTINGS)
-    cni = f"{settings.cni}-{settings.routing}" if settings.cni is Cni.WEIR else str(settings.cni)
-    proxy = "" if settings.kube_proxy == "none" else f"-kube-proxy-{settings.kube_proxy}"
-    firewall = "" if settings.netpol == "none" else f"-{settings.netpol}"
-    return cni + proxy + firewall, settings.describe()
 
 
 def _kept(lines: Iterable[str], log: TextIO) -> Iterator[str]:
@@ -148,19 +117,6 @@ def _command(folder: Path, kubeconfig: Path, nodes: int, focus: str, skip: str) 
         "--provider=skeleton",
         f"--num-nodes={nodes}",  # without it specs that want two nodes skip themselves
     ]
-
-
-def _count_nodes(kubectl: Path, kubeconfig: Path) -> int:
-    command = [str(kubectl), f"--kubeconfig={kubeconfig}", "get", "nodes", "--output=name"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise ClusterError(f"the cluster of {kubeconfig} does not answer: {result.stderr.strip()}")
-    return len(result.stdout.split())
-
-
-def _join_control_plane() -> None:
-    """Into the cluster's cgroup, so that `make cluster-down` ends a run that was left alone."""
-    namespaces.join(host.cluster_cgroup() / CONTROL_PLANE / "system")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -17,6 +18,9 @@ from e2e.suite import export, world
 from e2e.suite.kubectl import Manifest, apply, command, delete, get, kubectl
 from e2e.suite.outsider import Outsider, outsider
 from e2e.suite.world import World
+
+EXPORTS = 3  # of each test function: a table of hundreds of rows may fail as a whole
+_exports: Counter[str] = Counter()
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +98,9 @@ def pytest_runtest_makereport(
     """Export the cluster's state while it is still as the failure left it."""
     del call
     report = yield
-    if report.failed and report.when in {"setup", "call"}:
+    function = item.nodeid.partition("[")[0]
+    if report.failed and report.when in {"setup", "call"} and _exports[function] < EXPORTS:
+        _exports[function] += 1
         folder = export.export(item.nodeid.rpartition("/")[2], namespace_of_weir(item))
         report.sections.append(("exported", str(folder)))
         sys.stderr.write(f"\nexported to {folder}\n")

@@ -11,6 +11,7 @@ from e2e.suite.kubectl import REPOSITORY, command
 from e2e.suite.world import LABEL
 
 OUT = REPOSITORY / "build" / "e2e"
+_KINDS = ("pods", "services", "endpointslices", "networkpolicies", "clusternetworkpolicies")
 _COMMANDS = ("status", "endpoints", "services", "policies")
 _AGENT = "app.kubernetes.io/name=weir-agent"
 _OPERATOR = "app.kubernetes.io/name=weir-operator"
@@ -24,7 +25,7 @@ def export(test: str, weir: str) -> Path:
     save(folder / "nodes.txt", "get", "nodes", "--output=wide")
     save(folder / "pods.txt", "get", "pods", "--all-namespaces", "--output=wide")
     save(folder / "events.txt", "get", "events", "--all-namespaces", "--sort-by=.lastTimestamp")
-    for kind in ("pods", "services", "endpointslices", "networkpolicies"):
+    for kind in _KINDS:
         save(folder / f"{kind}.yaml", "get", kind, "--all-namespaces", "--output=yaml")
     save(folder / "namespaces.yaml", "get", "namespaces", f"--selector={LABEL}", "--output=yaml")
     for part, selector in (("agent", _AGENT), ("operator", _OPERATOR)):

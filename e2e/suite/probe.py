@@ -17,6 +17,7 @@ import hashlib
 import ipaddress
 import json
 import os
+import runpy
 import selectors
 import socket
 import struct
@@ -489,6 +490,8 @@ def main() -> None:
         threading.Thread(target=serve_tcp, args=(port,), daemon=True).start()
     for port in json.loads(os.environ.get("PROBE_UDP", "[]")):
         threading.Thread(target=serve_udp, args=(port,), daemon=True).start()
+    if more := os.environ.get("PROBE_MORE"):
+        ACTIONS.update(runpy.run_path(more)["ACTIONS"])
     control()
 
 
