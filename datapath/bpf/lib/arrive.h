@@ -30,14 +30,14 @@ static __always_inline bool arrive_is_unrouted(const struct packet *packet)
 
 /* What asks for a service may take over the flow that the pod itself opened between the same ports
  * (ct_own()), but not one that policy denies by now. 0 or a drop reason. */
-static __always_inline int arrive_takes_over(const struct packet *packet,
+static __always_inline int arrive_takes_over(struct __sk_buff *ctx, const struct packet *packet,
 					     const struct ct_entry *entry)
 {
 	if (!packet->service || packet->quoted_l3_offset || !entry ||
 	    ct_from_origin(packet, entry->flags) || (entry->flags & CT_UNJUDGED) ||
 	    entry->generation == policy_generation())
 		return 0;
-	int verdict = judge(true);
+	int verdict = judge(ctx, true, false);
 
 	return verdict < 0 ? verdict : 0;
 }
@@ -51,7 +51,7 @@ static __always_inline int arrive_at_pod(struct __sk_buff *ctx, struct packet *p
 		return drop(ctx, packet, verdict);
 	struct ct_entry *entry = ct_find(packet);
 
-	verdict = arrive_takes_over(packet, entry);
+	verdict = arrive_takes_over(ctx, packet, entry);
 	if (verdict < 0)
 		return drop(ctx, packet, verdict);
 	verdict = ct_admit(ctx, packet, entry, false);
