@@ -104,6 +104,31 @@ def test_a_policy_replaced_by_another(
         back_and_forth(step, 0.05)
 
 
+@pytest.mark.parametrize("move", ["tier", "priority", "pass"])
+def test_a_decision_that_moves_between_tiers(
+    cluster: World, objects: Objects, server: Api, move: str
+) -> None:
+    """The same is allowed by the Admin tier and by the Baseline, before another policy and behind
+    it, and by a NetworkPolicy to which a rule passes."""
+    rules: Rules = [([of(cluster.a, **CLIENT)], [TCP, UDP, OPEN])]
+    states = [only("ClusterNetworkPolicy", cluster.a, "moved", {"app": "web"}, rules)
+              for _ in range(2)]  # fmt: skip
+    moved = states[1]["spec"]
+    if move == "tier":
+        moved["tier"] = "Baseline"
+    elif move == "priority":
+        moved["priority"] = 900
+        between = only("ClusterNetworkPolicy", cluster.a, "between", {"app": "web"}, rules)
+        between["spec"] |= {"priority": 500}
+        objects.apply(between)
+    else:
+        moved["ingress"][0]["action"] = "Pass"
+        objects.apply(only("NetworkPolicy", cluster.a, "below", {"app": "web"}, rules))
+    objects.apply(states[0])
+    with under_load(steady_load(cluster)):
+        back_and_forth(lambda turn: ignore(server.put(states[(turn + 1) % 2])), 0.05)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_flipped_a_thousand_times_a_minute(
     cluster: World, objects: Objects, server: Api, kind: str
