@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +36,7 @@ from weir.operator.tls import CONFIG_MAP
 NAMESPACE = "weir"
 PORT = 9890
 START_S = 180.0
+BOOKMARK_S = 5.0
 KINDS = [value for value in vars(kinds).values() if isinstance(value, Kind)]
 REVIEWS = "/apis/authentication.k8s.io/v1/tokenreviews"
 # What kopf asks about the kinds that it watches.
@@ -67,7 +68,12 @@ class ApiThread:
         async def serve() -> None:
             async with self.fake.serve() as self.server:
                 ready.set()
-                await self._stop.wait()
+                while not self._stop.is_set():
+                    # As a real one does now and then: a silent watch is taken for a dead one.
+                    for kind in KINDS:
+                        self.fake.bookmark(kind.path)
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._stop.wait(), BOOKMARK_S)
 
         self._loop.run_until_complete(serve())
 
@@ -103,6 +109,14 @@ class ApiThread:
                 for name, kind, namespaced in found
             ]  # fmt: skip
             self.fake.stored[path] = {"resources": resources}
+        versions = [path.removeprefix("/apis/") for path in DISCOVERY if path.startswith("/apis/")]
+        groups: list[Json] = []
+        for name in versions:
+            group, version = name.split("/")
+            known: Json = {"groupVersion": name, "version": version}
+            groups.append({"name": group, "versions": [known], "preferredVersion": known})
+        self.fake.stored["/api"] = {"versions": ["v1"]}
+        self.fake.stored["/apis"] = {"groups": groups}
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
