@@ -201,18 +201,13 @@ class PolicyTables:
         return rule_set
 
     def _deciding(self, subject: ClassContent, egress: bool) -> list[PolicyName]:
-        """Policies with a say about a subject, in order of their names. Where a NetworkPolicy
-        isolates it, no Baseline tier is reached."""
-        names = [
+        """Policies with a say about a subject, in order of their names."""
+        return sorted(
             name
             for selector in subject.selectors
             for name in self._by_subject.get(selector, ())
             if self._policies[name].rules(egress) is not None
-        ]
-        stages = {self._policies[name].stage for name in names}
-        if stages >= {Stage.NETWORK_POLICY, Stage.BASELINE}:
-            names = [name for name in names if self._policies[name].stage != Stage.BASELINE]
-        return sorted(names)
+        )
 
     def _digest(self, names: list[PolicyName], egress: bool) -> str:
         """Of an ordered set's rules; of others none."""
