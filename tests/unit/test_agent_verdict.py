@@ -173,8 +173,9 @@ def test_a_ports_name_is_resolved_at_the_target_of_egress() -> None:
     ],
 )
 def test_standings(policies: list[Policy], peer: Party, allowed: bool, ground: Ground) -> None:
-    decision, _ = ask(*policies, peer=peer)
+    decision, question = ask(*policies, peer=peer)
     assert (decision.allowed, decision.ground) == (allowed, ground)
+    assert verdict.missed(decision, question) == ()
 
 
 def test_a_pod_that_is_not_known_gets_nothing() -> None:

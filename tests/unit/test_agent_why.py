@@ -144,6 +144,13 @@ async def test_maps_that_do_something_else(kernel: str) -> None:
     assert not found.agree
 
 
+async def test_what_did_not_fit_is_told() -> None:
+    query = {"from": "ns/p2", "to": "ns/p1", "port": "80", "protocol": "tcp"}
+    troubles = {("ns", "in"): "no room", ("ns", "other"): "neither"}
+    [found] = (await Agent().why.answer(query, troubles)).directions
+    assert found.troubles == ["ns/in: no room"]
+
+
 async def test_ends_name_their_pods_and_nodes() -> None:
     answer = await Agent().ask("ns/p2", "10.0.0.1")
     assert (answer.source.pod, answer.source.node, answer.source.addresses) == (

@@ -38,7 +38,7 @@ def direction(name: str, model: Any, maps: Any, family: int = 0) -> dict[str, An
     ends = CART["addresses"][family], DB["addresses"][family]  # type: ignore[index]
     return {"direction": name, "source": ends[0], "destination": ends[1], "protocol": "TCP",
             "port": 80, "model": model, "maps": maps,
-            "agree": model["allowed"] == maps["allowed"]}  # fmt: skip
+            "agree": model["allowed"] == maps["allowed"], "troubles": []}  # fmt: skip
 
 
 def both(name: str, model: Any, maps: Any) -> list[dict[str, Any]]:
@@ -119,8 +119,11 @@ def test_families_that_differ_are_told_apart(capsys: pytest.CaptureFixture[str])
 
 def test_maps_that_differ(capsys: pytest.CaptureFixture[str]) -> None:
     leaky = {**PASSES, "rule": "ingress rule 1 of shop/old"}
-    assert why(FakeSource(OPEN[0], answer("n2", *both("ingress", SHUT, leaky)))) == 2
+    troubled = [{**one, "troubles": ["shop/db-only: no room"]}
+                for one in both("ingress", SHUT, leaky)]  # fmt: skip
+    assert why(FakeSource(OPEN[0], answer("n2", *troubled))) == 2
     out = capsys.readouterr().out
+    assert "  trouble    shop/db-only: no room" in out
     assert "maps       DIFFER: they let it through, by ingress rule 1 of shop/old" in out
     assert "Maps and policies differ" in out
 

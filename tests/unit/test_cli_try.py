@@ -299,6 +299,17 @@ def test_newly_denied(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert counts == "3 flows seen lately: 2 newly denied, 0 newly allowed, 1 as before"
 
 
+def test_audit_mode(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    audited = {"kind": "Namespace", "metadata": {
+        "name": "shop", "annotations": {"policy.weir.dev/audit": "true"}}}  # fmt: skip
+    objects = (audited, *SHOP[1:])
+    assert attempted(FakeSource([V4]), "-f", str(file), objects=objects) == 2
+    assert capsys.readouterr().out.splitlines()[1].startswith("denied (audit)  shop/cart")
+    attempted(FakeSource([V4]), "-f", str(file), "-o", "json", objects=objects)
+    [changed] = json.loads(capsys.readouterr().out)["newly_denied"]
+    assert changed["audited"] is True
+
+
 def test_newly_allowed_by_a_deletion(capsys: pytest.CaptureFixture[str]) -> None:
     """What was denied is among the denials: conntrack has nothing of it."""
     source = FakeSource(denied=[{**V4, "judged": True}])

@@ -20,6 +20,7 @@ from weir.agent.events import DROPS, EVERYTHING, Events
 from weir.agent.flows import Flows
 from weir.agent.reconciler import Reconciler
 from weir.agent.stream import StreamState
+from weir.agent.troubles import troubles as left_out
 from weir.agent.walks import Exchanged
 from weir.agent.why import BadQuestion
 from weir.datapath.errors import DatapathError
@@ -78,7 +79,8 @@ def local_api(agent: Agent) -> web.Application:
 def _why(agent: Agent) -> Handler:
     async def answer(request: web.Request) -> web.Response:
         try:
-            return _json(await agent.flows.why.answer(request.query))
+            troubles = left_out(agent.reconciler)
+            return _json(await agent.flows.why.answer(request.query, troubles))
         except BadQuestion as error:
             raise web.HTTPBadRequest(text=str(error)) from error
         except (DatapathError, Exchanged) as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import msgspec
 
@@ -17,6 +18,7 @@ from weir.agent import verdict
 from weir.agent.explain import Explainer, reason_text
 from weir.agent.judge import Flow, Judged, judge
 from weir.agent.model import ALL_BITS, Model, longest
+from weir.agent.rule_sets import PolicyName, describe_policy
 from weir.agent.tables import Projection
 from weir.agent.verdict import PROTOCOLS, Near, Party, Question, Standing
 from weir.agent.walks import Walks
@@ -27,6 +29,7 @@ from weir.datapath.records import Direction, DropReason, ServiceScope
 
 NUMBERS = {"tcp": 6, "udp": 17, "sctp": 132}
 ICMP, ICMPV6 = 1, 58
+NO_TROUBLES: Mapping[PolicyName, str] = MappingProxyType({})
 
 
 class BadQuestion(ValueError):
@@ -83,6 +86,8 @@ class MapsView(msgspec.Struct, frozen=True):
 
 
 class DirectionView(msgspec.Struct, frozen=True):
+    """troubles: what the node cannot enforce as written, of the policies that are asked."""
+
     direction: str
     source: str
     destination: str
@@ -91,6 +96,7 @@ class DirectionView(msgspec.Struct, frozen=True):
     model: ModelView
     maps: MapsView
     agree: bool
+    troubles: list[str]
 
 
 class WhyView(msgspec.Struct, frozen=True):
@@ -127,7 +133,9 @@ class Why:
         self._explainer = explainer
         self._walks = walks
 
-    async def answer(self, query: Mapping[str, str]) -> WhyView:
+    async def answer(
+        self, query: Mapping[str, str], troubles: Mapping[PolicyName, str] = NO_TROUBLES
+    ) -> WhyView:
         """Raises BadQuestion; DatapathError or Exchanged if the maps cannot be read."""
         protocol, port = _asked(query)
         ends = [self._end(query.get(name, ""), protocol, port) for name in ("from", "to")]
@@ -146,11 +154,12 @@ class Why:
         by_maps = await self._walks.read(
             lambda tables: [judge(KernelMaps(tables), flow, only) for flow, only in flows]
         )
+        told = {describe_policy(name): text for name, text in troubles.items()}
         return WhyView(
             ends[0],
             ends[1],
             [
-                _direction(flow, direction, said, self._maps_view(done))
+                _direction(flow, direction, said, self._maps_view(done), told)
                 for (flow, direction), said, done in zip(flows, by_model, by_maps, strict=True)
             ],
         )
@@ -234,7 +243,13 @@ class Why:
         )
 
 
-def _direction(flow: Flow, direction: Direction, said: ModelView, done: MapsView) -> DirectionView:
+def _direction(
+    flow: Flow,
+    direction: Direction,
+    said: ModelView,
+    done: MapsView,
+    troubles: Mapping[str, str],
+) -> DirectionView:
     return DirectionView(
         direction=direction.name.lower(),
         source=text(flow.source),
@@ -244,6 +259,11 @@ def _direction(flow: Flow, direction: Direction, said: ModelView, done: MapsView
         model=said,
         maps=done,
         agree=(said.allowed, said.audited) == (done.allowed, done.audited),
+        troubles=[
+            f"{one.policy}: {troubles[one.policy]}"
+            for one in said.policies
+            if one.policy in troubles
+        ],
     )
 
 

@@ -106,6 +106,7 @@ def shown(
             "protocol": PROTOCOLS.get(flow.protocol, str(flow.protocol)),
             "seen": seen[flow],
             "direction": item.after.direction,
+            "audited": item.after.audited,
             "because": item.after.because,
             "before": item.before.because,
         }
@@ -130,7 +131,7 @@ def rendered(changed: Sequence[Changed], new: Cluster, seen: Counter[Flow]) -> s
         return counts
     rows = [
         [
-            "allowed" if item.allowed else "DENIED",
+            _newly(item),
             new.name(item.flow.source),
             _target(item.flow, new),
             item.after.direction,
@@ -140,6 +141,12 @@ def rendered(changed: Sequence[Changed], new: Cluster, seen: Counter[Flow]) -> s
         for item in sorted(changed, key=lambda item: (item.allowed, _target(item.flow, new)))
     ]
     return "\n".join([table(["NEWLY", "FROM", "TO", "DIRECTION", "AS", "BEFORE"], rows), counts])
+
+
+def _newly(item: Changed) -> str:
+    if item.allowed:
+        return "allowed"
+    return "denied (audit)" if item.after.audited else "DENIED"
 
 
 def _target(flow: Flow, new: Cluster) -> str:

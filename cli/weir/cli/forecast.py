@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from weir.agent import verdict
+from weir.agent import resources, verdict
 from weir.agent.model import Model
 from weir.agent.resources import Resource, parse
 from weir.agent.tables import Projection
@@ -33,10 +33,12 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one end says of a flow; said in words when it is asked."""
+    """What one end says of a flow; said in words when it is asked. audited: what it denies passes
+    all the same, by its namespace's annotation."""
 
     question: Question
     decision: Decision
+    audited: bool
 
     @property
     def direction(self) -> str:
@@ -68,7 +70,14 @@ class Cluster:
         }
         self._nodes = {key.name: node.addresses for key, node in objects.nodes.items()}
         self._named = {addr: name for name, addrs in self._nodes.items() for addr in addrs}
-        self._model = Model(_projection(objects))
+        told = _compiled(objects)
+        self._audited = {
+            item.uid for item in told.values() if isinstance(item, resources.Pod) and item.audit
+        }
+        projection = Projection()
+        projection.apply(told)
+        projection.project()
+        self._model = Model(projection)
 
     def name(self, addr: Addr) -> str:
         pod = self._pods.get(addr)
@@ -96,10 +105,12 @@ class Cluster:
             peer = replace(peer, own_node=True)
         subject = self._model.party(here, self.name(here))
         question = Question(egress, subject, peer, flow.protocol, flow.port)
-        return Outcome(question, self._model.decide(question))
+        decision = self._model.decide(question)
+        return Outcome(question, decision, not decision.allowed and pod.uid in self._audited)
 
 
-def _projection(objects: Objects) -> Projection:
+def _compiled(objects: Objects) -> dict[str, Resource]:
+    """What the operator would tell agents."""
     compiler = Compiler()
     for key, namespace in objects.namespaces.items():
         compiler.namespace(key, namespace)
@@ -109,15 +120,12 @@ def _projection(objects: Objects) -> Projection:
         compiler.node(key, node)
     for key, pod in objects.pods.items():
         compiler.pod(key, pod)
-    projection = Projection()
-    told: dict[str, Resource | None] = {}
+    told: dict[str, Resource] = {}
     for change in compiler.flush():
         if change.resource is not None:
             name, item = parse(change.resource.SerializeToString())
             told[name] = item
-    projection.apply(told)
-    projection.project()
-    return projection
+    return told
 
 
 def compare(old: Cluster, new: Cluster, flows: Iterable[Flow]) -> list[Changed]:

@@ -54,7 +54,7 @@ def _alike(found: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     by_answer: dict[str, list[dict[str, Any]]] = {}
     for one in found:
         maps = {name: one["maps"][name] for name in ("allowed", "audited", "reason")}
-        key = json.dumps([one["node"], one["model"], maps])
+        key = json.dumps([one["node"], one["model"], maps, one["troubles"]])
         by_answer.setdefault(key, []).append(one)
     return list(by_answer.values())
 
@@ -80,6 +80,7 @@ def _direction(alike: Sequence[dict[str, Any]]) -> list[str]:
         ]
     if model["change"]:
         lines.append(f"  to change  {model['change']}")
+    lines += [f"  trouble    {trouble}" for trouble in one["troubles"]]
     does = "let it through" if maps["allowed"] else f"drop it ({maps['reason']})"
     if maps["audited"]:
         does = f"let it through, and report it ({maps['reason']})"
