@@ -8,7 +8,7 @@ Wire numbers mean something only together with the operator instance that sent t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from weir.agent import resources
 from weir.agent.classes import NOTHING, ClassContent, Numbers
@@ -29,6 +29,8 @@ class Identity:
         self._policy = policy
         self._selectors: dict[WireSelector, str] = {}
         self._by_key: dict[str, WireSelector] = {}
+        # An operator has one number for a key. Should two come, policies of both are enforced.
+        self._twins: dict[str, set[WireSelector]] = {}
         self._highest = 0
         self._missing: set[WireSelector] = set()  # asked for, and not there
         self._wire: dict[WireClass, resources.Class] = {}
@@ -44,19 +46,32 @@ class Identity:
         old = self._selectors.get(number)
         if key == old:
             return
-        if old is not None and self._by_key.get(old) == number:
-            del self._by_key[old]
+        if old is not None:
+            self._forget(old, number)
         if key is None:
             del self._selectors[number]  # who used it comes anew, or goes, in the same change
             return
         self._selectors[number] = key = sys.intern(key)
-        self._by_key[key] = number
+        twin = self._by_key.setdefault(key, number)
+        if twin != number:
+            self._twins.setdefault(key, set()).add(number)
         # An operator's numbers rise: those who use a new one come with it. An earlier one with
         # another key is another operator's.
         if number <= self._highest or number in self._missing:
             self.selectors_changed = True
             self._missing.clear()
         self._highest = max(self._highest, number)
+
+    def _forget(self, key: str, number: WireSelector) -> None:
+        twins = self._twins.get(key, set())
+        if self._by_key.get(key) != number:
+            twins.discard(number)
+        elif twins:
+            self._by_key[key] = twins.pop()
+        else:
+            del self._by_key[key]
+        if not twins:
+            self._twins.pop(key, None)
 
     def set_class(self, number: WireClass, item: resources.Class | None) -> None:
         if item is None:
@@ -75,9 +90,13 @@ class Identity:
             return f"?{number}"
         return key
 
-    def selector_number(self, key: str) -> WireSelector | None:
+    def selector_numbers(self, key: str) -> Iterator[WireSelector]:
         """The other way round."""
-        return WireSelector(int(key[1:])) if key.startswith("?") else self._by_key.get(key)
+        if key.startswith("?"):
+            yield WireSelector(int(key[1:]))
+        elif (number := self._by_key.get(key)) is not None:
+            yield number
+            yield from self._twins.get(key, ())
 
     def knows_selectors(self, numbers: Iterable[WireSelector]) -> bool:
         missing = {number for number in numbers if number not in self._selectors}

@@ -63,8 +63,7 @@ class Policies:
         """Bring the tables up to date. `anew`: selectors are others than they were."""
         wanted: set[PolicyName] = set()
         for key in self._tables.subject_selectors():
-            number = self._identity.selector_number(key)
-            if number is not None:
+            for number in self._identity.selector_numbers(key):
                 wanted |= self._of_subject.get(number, set())
         for name in self._rules.keys() - wanted:
             self._tables.remove_policy(name)
