@@ -127,7 +127,7 @@ def policy_changes(rng: Random, count: int) -> Script:
     script: Script = [some_script(rng, 0)[0]]
     while len(script) <= count:
         action = some_action(rng)
-        if action[1] == "NetworkPolicy" or action[0] == "relabel":
+        if "NetworkPolicy" in action[1] or action[0] == "relabel":
             script.append([action])
     return script
 

@@ -23,6 +23,9 @@ from weir.datapath.records import (
     Address,
     CtEntry,
     CtKey,
+    PolicyKey,
+    PolicyOrder,
+    PolicyVerdict,
     Prefix,
     PrefixKey,
     Runtime,
@@ -31,6 +34,7 @@ from weir.datapath.records import (
     SnatEntry,
     SnatKey,
     SnatKind,
+    Verdict,
 )
 from weir.datapath.settings import Settings, Sizes
 
@@ -265,12 +269,17 @@ def test_a_renamed_map_hands_its_entries_over(installation: Installation, mini: 
     datapath.close()
 
 
+NO_PREALLOC = 1
 RELEASED = {
     "services": (
         "20[address:16s@0 port:>H@16 protocol:B@18 scope:B@19]",
         "16[id:I@0 count:I@4 flags:I@8 affinity_seconds:I@12]",
     ),
     "runtime": ("4[:I@0]", "8[policy_generation:I@0 event_mask:I@4]"),
+    "policy": (
+        "12[rule_set:I@0 peer:I@4 port:H@8 protocol:B@10 port_bits:B@11]",
+        "8[rule:I@0 verdict:B@4]",
+    ),
     "snat": (
         "40[remote:16s@0 local:16s@16 remote_port:>H@32 local_port:>H@34 protocol:B@36 kind:B@37]",
         "24[address:16s@0 port:>H@16 expires:I@20]",
@@ -278,12 +287,14 @@ RELEASED = {
 }
 
 
-def leave_behind(tree: pins.Pins, name: str, kind: int, rows: dict[bytes, bytes]) -> None:
+def leave_behind(
+    tree: pins.Pins, name: str, kind: int, rows: dict[bytes, bytes], flags: int = 0
+) -> None:
     """A pinned map as an earlier version made it."""
     layout = hashlib.sha256(" -> ".join(RELEASED[name]).encode()).hexdigest()[:16]
     size = len(rows) if name == "runtime" else 64
     sizes = [int(text.split("[")[0]) for text in RELEASED[name]]
-    shape = MapShape(kind, sizes[0], sizes[1], size, 0)
+    shape = MapShape(kind, sizes[0], sizes[1], size, flags)
     fd = libbpf.create_map(name, shape, None, 0, 0)
     libbpf.pin(fd, tree.map(name))
     pins.note_layout(tree, name, layout)
@@ -292,8 +303,8 @@ def leave_behind(tree: pins.Pins, name: str, kind: int, rows: dict[bytes, bytes]
 
 
 def test_maps_of_earlier_versions(installation: Installation) -> None:
-    """Services without identity, runtime without features and ports without a state keep what
-    they have; the ports those of live flows."""
+    """Services without identity, runtime without features, ports without a state and policy rows
+    without an order keep what they have; the ports those of live flows."""
     tree = pins.Pins(installation.root)
     pins.make_folder(tree.maps)
     key = bytes.fromhex("00000000000000000000ffff0a600001 0050 06 00")
@@ -309,7 +320,11 @@ def test_maps_of_earlier_versions(installation: Installation) -> None:
         tree, "snat", MapType.LRU_HASH,
         {raw_key: node + struct.pack(">H2x", 61000) + struct.pack("<I", 77)},
     )  # fmt: skip
+    rule = struct.pack("<IIHBB", 1000, 17, 80, 6, 16)
+    leave_behind(tree, "policy", MapType.HASH, {rule: struct.pack("<IB3x", 258, 1)}, NO_PREALLOC)
     datapath = installation.open()
+    verdict = PolicyVerdict(258, PolicyOrder.NETWORK_POLICY, Verdict.ALLOW)
+    assert dict(datapath.tables.policy.items()) == {PolicyKey(1000, 17, 80, 6, 16): verdict}
     [(kept, entry)] = datapath.tables.snat.items()
     assert (kept, entry) == (flow, SnatEntry(node, 61000, 3, 77))
     vip = ServiceKey(address.parse("10.96.0.1"), 80, 6, 0)

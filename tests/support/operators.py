@@ -60,6 +60,7 @@ class ScriptedOperator(weir_pb2_grpc.DistributionServicer):
         self.hellos: list[pb.Hello] = []
         self.tokens: list[str] = []
         self.announcements: list[pb.Announcement] = []
+        self.troubles: list[pb.Trouble] = []
         self.acknowledged = 0
         self.ready = False
         self.said = threading.Condition()
@@ -149,6 +150,8 @@ class ScriptedOperator(weir_pb2_grpc.DistributionServicer):
                     elif message.HasField("acknowledgement"):
                         self.acknowledged = message.acknowledgement.revision
                         self.ready = message.acknowledgement.ready
+                    elif message.HasField("trouble"):
+                        self.troubles.append(message.trouble)
                     self.said.notify_all()
         except grpc.RpcError:
             return  # the agent hung up

@@ -70,7 +70,8 @@ class Checker:
             for reply in self._rng.sample([False, True], 2):
                 seen = self._node.send(flow, reply=reply, flags=ACK)
                 self.counts["again " + ("allowed" if expected else "denied")] += 1
-                if seen.passed != expected:
+                # What the node sends to its pods always passes.
+                if seen.passed != (expected or (reply and flow.target in NODES[HERE][0])):
                     which = "reply" if reply else "packet"
                     raise Difference(
                         f"{which} of open {question}: expected {expected}, "
@@ -91,7 +92,7 @@ class Checker:
         for question in questions(self._node, self._rng, 1):
             if len(self._flows) >= FLOWS:
                 return
-            if question[0] == question[1] or own.count(question[0]) + own.count(question[1]):
+            if question[0] == question[1] or question[0] in own:
                 continue
             if not oracle.allows(*question):
                 continue

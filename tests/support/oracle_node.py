@@ -59,6 +59,7 @@ READERS: dict[str, Any] = {
         kinds.SERVICE,
         kinds.SLICE,
         kinds.POLICY,
+        kinds.CLUSTER_POLICY,
     )
 }
 
@@ -127,6 +128,7 @@ class Operator:
             "Service": self.compiler.service,
             "EndpointSlice": self.compiler.slice,
             "NetworkPolicy": self.compiler.policy,
+            "ClusterNetworkPolicy": lambda key, new: self.compiler.policy(key, new and new.policy),
         }[kind]
         update(Key(*at), parsed)
 

@@ -22,6 +22,7 @@ HERE, ELSEWHERE, LATER = "n1", "n2", "n3"
 NAMESPACES = ["blue", "green", "red"]
 PODS = [f"p{i}" for i in range(5)]
 POLICIES = [f"np{i}" for i in range(4)]
+CLUSTER_POLICIES = [f"cnp{i}" for i in range(4)]
 SERVICES = [f"s{i}" for i in range(3)]
 NODES: dict[str, tuple[list[str], list[str]]] = {
     HERE: (["192.0.2.1", "2001:db8::1"], ["10.0.1.0/24", "fd00:0:0:1::/64"]),
@@ -180,6 +181,59 @@ def some_policy(rng: Random) -> Json:
     return {"spec": spec}
 
 
+def some_cluster_peer(rng: Random, side: str) -> Json:
+    """nodes and networks are egress rules' alone."""
+    kind = rng.random()
+    if side == "to" and kind < 0.25:
+        return {"nodes": some_selector(rng)}
+    if side == "to" and kind < 0.55:
+        cidrs = [cidr for cidr, _ in BLOCKS]
+        return {"networks": rng.sample(cidrs, rng.randint(1, 2))}
+    if kind < 0.75:
+        return {"namespaces": some_selector(rng)}
+    return {"pods": {"namespaceSelector": some_selector(rng), "podSelector": some_selector(rng)}}
+
+
+CLUSTER_PROTOCOLS: list[Json] = [
+    {"tcp": {"destinationPort": {"number": 80}}},
+    {"tcp": {"destinationPort": {"range": {"start": 80, "end": 443}}}},
+    {"tcp": {"destinationPort": {"range": {"start": 1024, "end": 65535}}}},
+    {"udp": {"destinationPort": {"number": 53}}},
+    {"udp": {"destinationPort": {"range": {"start": 1, "end": 65535}}}},
+    {"sctp": {"destinationPort": {"number": 80}}},
+    {"destinationNamedPort": "web"},
+    {"destinationNamedPort": "api"},
+]
+
+
+def some_cluster_rules(rng: Random, side: str) -> list[Json]:
+    made: list[Json] = []
+    for _ in range(rng.choice([0, 1, 1, 2, 3])):
+        peers = [some_cluster_peer(rng, side) for _ in range(rng.choice([1, 1, 2]))]
+        rule: Json = {"action": rng.choice(["Accept", "Deny", "Pass"]), side: peers}
+        if rng.random() < 0.45:
+            rule["protocols"] = rng.sample(CLUSTER_PROTOCOLS, rng.choice([1, 1, 2]))
+        made.append(rule)
+    return made
+
+
+def some_cluster_policy(rng: Random) -> Json:
+    subject: Json = {"namespaces": some_selector(rng) if rng.random() < 0.5 else {}}
+    if rng.random() < 0.5:
+        subject = {
+            "pods": {"namespaceSelector": some_selector(rng), "podSelector": some_selector(rng)}
+        }
+    return {
+        "spec": {
+            "tier": rng.choice(["Admin", "Admin", "Baseline"]),
+            "priority": rng.choice([0, 1, 1, 1000]),
+            "subject": subject,
+            "ingress": some_cluster_rules(rng, "from"),
+            "egress": some_cluster_rules(rng, "to"),
+        }
+    }
+
+
 def some_pod(rng: Random) -> Json:
     node = rng.choice([HERE, HERE, HERE, ELSEWHERE, ELSEWHERE, LATER, ""])
     ips = []
@@ -278,10 +332,17 @@ def some_action(rng: Random) -> Action:
         return ("finish", "Pod", where, rng.choice(PODS), {})
     if kind < 0.53:
         return ("delete", "Pod", where, rng.choice(PODS), {})
-    if kind < 0.75:
+    if kind < 0.67:
         return ("set", "NetworkPolicy", where, rng.choice(POLICIES), some_policy(rng))
-    if kind < 0.80:
+    if kind < 0.70:
         return ("delete", "NetworkPolicy", where, rng.choice(POLICIES), {})
+    name = rng.choice(CLUSTER_POLICIES)
+    if kind < 0.77:
+        return ("set", "ClusterNetworkPolicy", "", name, some_cluster_policy(rng))
+    if kind < 0.79:
+        return ("delete", "ClusterNetworkPolicy", "", name, {})
+    if kind < 0.80:
+        return ("relabel", "Node", "", rng.choice([HERE, ELSEWHERE]), some_labels(rng))
     name = rng.choice(SERVICES)
     if kind < 0.84:
         return ("set", "Service", "blue", name, some_service(rng, name))
@@ -302,6 +363,7 @@ def some_action(rng: Random) -> Action:
 def node(name: str) -> Json:
     ips, cidrs = NODES[name]
     return {
+        "metadata": {"labels": {"app": "a"} if name == ELSEWHERE else {}},
         "spec": {"podCIDR": cidrs[0], "podCIDRs": cidrs},
         "status": {"addresses": [{"type": "InternalIP", "address": ip} for ip in ips]},
     }
@@ -324,6 +386,8 @@ def some_script(rng: Random, steps: int) -> Script:
         first.append(("set", "Service", "blue", name, some_service(rng, name)))
         parts = [f"{name}-{number}" for number in range(2)]
         first += [("set", "EndpointSlice", "blue", it, some_slice(rng, it)) for it in parts]
+    for name in rng.sample(CLUSTER_POLICIES, rng.randint(0, 3)):
+        first.append(("set", "ClusterNetworkPolicy", "", name, some_cluster_policy(rng)))
     rng.shuffle(first)
     script: Script = [first]
     script += [[some_action(rng) for _ in range(rng.choice([1, 1, 2, 3, 6]))] for _ in range(steps)]

@@ -90,12 +90,22 @@ async def test_it_says_hello_takes_the_snapshot_and_moves_to_another_operator(
         await until(lambda: sink.changes == [(0, ["selector/1"])])
         stream.acknowledge(first.revision, ready=True)
         await until(lambda: first.ready and first.acknowledged == first.revision)
+        stream.tell_troubles({("", "guard"): "no room"})
+        stream.tell_troubles({("", "guard"): "no room"})
+        await until(lambda: first.troubles)
+        assert [(t.namespace, t.name, t.message) for t in first.troubles[0].policies] == [
+            ("", "guard", "no room")
+        ]
         await asyncio.to_thread(first.stop)
         await until(lambda: other.hellos)
         assert other.hellos[0].instance == first.instance
         await until(lambda: len(sink.snapshots) == 2)
         assert sink.position.instance == other.instance
         await until(lambda: other.acknowledged)
+        await until(lambda: other.troubles)
+        assert other.troubles == first.troubles  # once each
+        stream.tell_troubles({})
+        await until(lambda: other.troubles[-1] == pb.Trouble())
     finally:
         task.cancel()
         await asyncio.wait([task])
@@ -127,6 +137,7 @@ def test_all_bad_settings_are_reported_together() -> None:
         "masqueradeExcludeCIDRs": ["10.0.0.0/33"],
         "apiServer": "10.0.0.1:6443",
         "maps": {"policy": -1, "plicy": 5},
+        "policy": {"audit": "on", "adit": True},
         "nodePortAddresses": ["primary", "10.0.0.0/8"],
         "loadBalancer": {"algorithm": "best", "maglevTableSize": 4096, "mode": "nat"},
         "metricsAddress": "everywhere",
@@ -143,6 +154,8 @@ def test_all_bad_settings_are_reported_together() -> None:
         "apiServer",
         "maps.policy",
         "maps.plicy",
+        "policy.audit",
+        "policy.adit",
         "primary stands alone",
         "loadBalancer.algorithm",
         "4096 is not a prime",
@@ -161,6 +174,7 @@ def test_the_charts_values_are_understood() -> None:
             "routing": "native",
             "mtu": 0,
             "uplinks": ["eth0"],
+            "policy": {"audit": True},
             "maps": {"conntrack": 1000, "maglev": 2000},
             "nodePortAddresses": ["10.0.0.0/8"],
             "loadBalancer": {"algorithm": "maglev", "maglevTableSize": 251, "mode": "dsr"},
@@ -169,6 +183,7 @@ def test_the_charts_values_are_understood() -> None:
     )
     assert not config.tunnel
     assert config.uplinks == ("eth0",)
+    assert config.policy_audit
     assert config.sizes.ct == 1000
     assert config.sizes.policy is None
     assert config.sizes.maglev == 2000

@@ -31,6 +31,7 @@ STATUS = {
     "endpoints": 2,
     "pod_cidrs": ["10.244.1.0/24"],
     "routing": "vxlan",
+    "audit": True,
     "xdp": {"eth0": "native", "wire0": "refused"},
     "pod_mtu": 1450,
     "tables": [{"name": "policy", "rows": 95, "max_entries": 100, "rejected": 0}],
@@ -51,6 +52,13 @@ EVENT = {
     "near_miss": "ingress rule 0 of ns/web-only matches all but the port",
     "bytes": 74,
 }
+AUDITED = {
+    **EVENT,
+    "verdict": "audit",
+    "policies": ["ClusterNetworkPolicy guard"],
+    "near_miss": "",
+    "rule": "ingress rule 3 of ClusterNetworkPolicy guard",
+}
 ANSWERS: dict[str, list[Any]] = {
     "/v1/status": [STATUS],
     "/v1/endpoints": [
@@ -61,6 +69,7 @@ ANSWERS: dict[str, list[Any]] = {
                 "device": "weir0",
                 "ingress": ["ns/p"],
                 "egress": [],
+                "audit": True,
             }
         ]
     ],
@@ -94,10 +103,22 @@ ANSWERS: dict[str, list[Any]] = {
                 "egress": False,
                 "rules": 1,
                 "pods": ["ns/a"],
-            }
+                "tier": "",
+                "priority": 0,
+            },
+            {
+                "policy": "ClusterNetworkPolicy guard",
+                "subject": "nspods / app=a",
+                "ingress": True,
+                "egress": True,
+                "rules": 2,
+                "pods": [],
+                "tier": "admin",
+                "priority": 5,
+            },
         ]
     ],
-    "/v1/events": [{}, EVENT, {**EVENT, "source": {**EVENT["source"], "pod": "ns/other"}}],  # type: ignore[dict-item]
+    "/v1/events": [{}, EVENT, AUDITED, {**EVENT, "source": {**EVENT["source"], "pod": "ns/other"}}],  # type: ignore[dict-item]
 }
 
 
@@ -160,6 +181,7 @@ def test_status_says_what_is_wrong(agent: str, capsys: pytest.CaptureFixture[str
     out = capsys.readouterr().out
     assert "map policy is full, left out: policy ns/a, policy ns/b" in out
     assert "map policy has 95 of 100 rows" in out
+    assert "audit mode (policy.audit)" in out
     assert "wire0 does not take XDP as configured" in out
     assert "eth0 does not take" not in out
     assert "announces 192.0.2.9, 2001:db8::9" in out
@@ -174,10 +196,14 @@ def test_monitor_prints_a_line_per_event_of_the_pod(
     agent: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["monitor", "--socket", agent, "--pod", "ns/a"]) == 0
-    (line,) = capsys.readouterr().out.splitlines()
+    line, audited = capsys.readouterr().out.splitlines()
     assert line.partition(" ")[2] == (
         "DROP policy-ingress ns/a -> [fd00::2]:80/TCP ingress by ns/web-only"
         " (ingress rule 0 of ns/web-only matches all but the port)"
+    )
+    assert audited.partition(" ")[2] == (
+        "AUDIT policy-ingress ns/a -> [fd00::2]:80/TCP ingress by ClusterNetworkPolicy guard"
+        " (ingress rule 3)"
     )
 
 

@@ -25,6 +25,10 @@ from weir.agent.rule_sets import (
     Stage,
 )
 from weir.datapath import records
+from weir.datapath.records import Verdict
+
+IP_BLOCK = "ipblock "
+"""How the keys of selectors begin that are ipBlocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +166,18 @@ class PolicyTables:
     def rule_set(self, number: int) -> RuleSet | None:
         return self._by_number.get(number)
 
+    def of_networks(self) -> set[int]:
+        """Rule sets in which a rule denies networks, or passes: they rely on prefixes."""
+        return {
+            rule_set.number
+            for rule_set in self._rule_sets.values()
+            if any(
+                rule.verdict != Verdict.ALLOW
+                and any(peer.startswith(IP_BLOCK) for peer in rule.peers or ())
+                for rule in (rule_set.rules if rule_set.key.ordered else ())
+            )
+        }
+
     def subjects(self) -> dict[int, tuple[tuple[PolicyName, ...], tuple[PolicyName, ...]]]:
         return {
             number: (
@@ -205,18 +221,13 @@ class PolicyTables:
         return rule_set
 
     def _deciding(self, subject: ClassContent, egress: bool) -> list[PolicyName]:
-        """Policies with a say about a subject, in order of their names. Where a NetworkPolicy
-        isolates it, no Baseline tier is reached."""
-        names = [
+        """Policies with a say about a subject, in order of their names."""
+        return sorted(
             name
             for selector in subject.selectors
             for name in self._by_subject.get(selector, ())
             if self._policies[name].rules(egress) is not None
-        ]
-        stages = {self._policies[name].stage for name in names}
-        if stages >= {Stage.NETWORK_POLICY, Stage.BASELINE}:
-            names = [name for name in names if self._policies[name].stage != Stage.BASELINE]
-        return sorted(names)
+        )
 
     def _digest(self, names: list[PolicyName], egress: bool) -> str:
         """Of an ordered set's rules; of others none."""

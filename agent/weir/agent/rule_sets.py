@@ -205,9 +205,13 @@ class RuleSet:
 
 
 def ranked(policies: Sequence[tuple[PolicyName, PolicyContent]], egress: bool) -> list[Ranked]:
-    """The rules of one direction, as they are evaluated: by tier, priority and name."""
+    """The rules of one direction, as they are evaluated: by tier, priority and name. Where a
+    NetworkPolicy isolates, nothing comes as far as the Baseline tier."""
     found = []
     counts = dict.fromkeys(Stage, 0)
+    stages = {content.stage for _, content in policies}
+    if Stage.NETWORK_POLICY in stages:
+        policies = [item for item in policies if item[1].stage != Stage.BASELINE]
     for _, content in sorted(policies, key=lambda item: (item[1].stage, item[1].priority, item[0])):
         stage = content.stage
         for rule in content.rules(egress) or ():

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import grpc
@@ -24,6 +25,7 @@ from weir.operator.app import App
 from weir.operator.config import Config
 from weir.operator.handlers import KopfThread
 from weir.operator.kubeconfig import Access
+from weir.operator.troubles import Troubles
 
 NAMESPACE = "kube-system"
 KINDS = [value for value in vars(kinds).values() if isinstance(value, kinds.Kind)]
@@ -135,6 +137,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
 
     # A token is its node's name; kopf needs more of an API server than the fake one is.
     monkeypatch.setattr(module, "Authenticator", lambda _api, _namespace: authenticate)
+    monkeypatch.setattr(module, "Troubles", partial(Troubles, settle_seconds=0.05))
     monkeypatch.setattr(KopfThread, "start", lambda _: None)
     monkeypatch.setattr(KopfThread, "watch", sleep)
     made = FakeApi()
@@ -183,3 +186,46 @@ async def test_an_announced_address_reaches_the_agents_of_all_replicas(fake: Fak
         await two.announce("u", "10.0.2.7")  # it is not a pod of that node
         await asyncio.sleep(0.2)
         assert [n for n in one.held if n.startswith("address/")] == [name]
+
+
+def posts(fake: FakeApi) -> list[str]:
+    return [r.path for r in fake.requests if r.method == "POST" and r.path.endswith("/events")]
+
+
+async def test_what_is_wrong_with_policies_reaches_agents_and_the_policies(fake: FakeApi) -> None:
+    rule = {"action": "Deny", "from": [{"later": {}}]}
+    subject = {"namespaces": {}}
+    spec = {"tier": "Admin", "priority": 1, "subject": subject, "ingress": [rule]}
+    policy = {"metadata": {"name": "odd", "uid": "u", "generation": 2}, "spec": spec}
+    path = f"{kinds.CLUSTER_POLICY.path}/odd"
+    fake.put(kinds.CLUSTER_POLICY.path, policy)
+    fake.stored[path] = policy
+    web = "/apis/networking.k8s.io/v1/namespaces/ns/networkpolicies/web"
+    fake.stored[web] = {"metadata": {"namespace": "ns", "name": "web", "uid": "w"}}
+
+    def events(of: str) -> list[dict[str, Any]]:
+        return [
+            content
+            for where, content in fake.stored.items()
+            if "/events/" in where and content["involvedObject"]["name"] == of
+        ]
+
+    async with replicas(fake, "one", "two") as agents:
+        for agent in agents:
+            await until(lambda: "cluster-policy/odd" in agent.held, lambda: agent.held)  # noqa: B023
+            (denies,) = agent.held["cluster-policy/odd"].policy.rules
+            assert (denies.any_peer, denies.action) == (True, pb.ACTION_DENY)
+            trouble = pb.PolicyTrouble(namespace="ns", name="web", message=f"by {agent.node}")
+            said = pb.AgentMessage(trouble=pb.Trouble(policies=[trouble]))
+            await agent.call.write(said)
+        await until(lambda: policy.get("status"), lambda: fake.stored)
+        await until(lambda: events("odd") and events("web"), lambda: fake.stored)
+        # Both replicas post both.
+        await until(lambda: len(posts(fake)) == 4, lambda: posts(fake))
+    (condition,) = policy["status"]["conditions"]
+    assert (condition["type"], condition["status"]) == ("Accepted", "False")
+    assert condition["observedGeneration"] == 2
+    (invalid,), (no_room,) = events("odd"), events("web")
+    assert invalid["message"].startswith("spec.ingress[0].from[0]: needs exactly one of ")
+    assert (no_room["reason"], no_room["involvedObject"]["uid"]) == ("NoRoom", "w")
+    assert "on node n" in no_room["message"]

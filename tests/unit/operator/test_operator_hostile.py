@@ -28,8 +28,12 @@ NAMES = [
     *("loadBalancerSourceRanges", "sessionAffinity", "sessionAffinityConfig", "clientIP"),
     *("timeoutSeconds", "externalTrafficPolicy", "internalTrafficPolicy", "healthCheckNodePort"),
     *("hints", "forZones", "forNodes", "initContainers", "restartPolicy"),
+    *("tier", "priority", "subject", "namespaces", "pods", "nodes", "networks", "action"),
+    *("protocols", "tcp", "udp", "destinationPort", "number", "range", "start", "end"),
+    *("destinationNamedPort", "annotations", "policy.weir.dev/audit", "generation"),
 ]
 TEXTS = ["TCP", "10.0.0.1", "10.0.0.0/8", "::/0", "fd00::1%eth0", "None", "In", "Ingress", "", "\0"]
+TEXTS += ["Admin", "Baseline", "Accept", "Deny", "Pass", "true"]
 TEXTS += ["LoadBalancer", "ClientIP", "Local", "VIP", "Always", "::ffff:10.0.0.1", "::/1", "-1"]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)

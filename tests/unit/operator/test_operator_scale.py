@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from weir.api.address import V4_PREFIX, Addr, parse_cidr
 from weir.operator.compiler import Compiler
-from weir.operator.objects import Key, Namespace, Pod
-from weir.operator.policy import NetworkPolicy, Rule
+from weir.operator.objects import Key, Namespace, Node, Pod
+from weir.operator.policy import Action, NetworkPolicy, Rule, Tier
 from weir.operator.revisions import Revisions
 from weir.operator.selectors import (
     EVERYTHING,
@@ -21,6 +21,7 @@ from weir.operator.selectors import (
     Requirement,
     label_selector,
 )
+from weir.operator.selectors import Nodes as NodeSelector
 
 PODS = 100_000
 NAMESPACES = 200
@@ -111,9 +112,56 @@ async def test_a_hundred_thousand_pods() -> None:
     compiler.namespace(relabelled.key, relabelled)
     assert timed("a namespace's labels", compiler, revisions) <= 2 * APPS
 
+    every_pod = Pods(InNamespaces(EVERYTHING), EVERYTHING)
+    deny = Rule(False, 0, (every_pod,), (), Action.DENY)
+    for i in range(2):
+        cluster = NetworkPolicy(Key("", f"c{i}"), every_pod, True, False, (deny,), Tier.ADMIN, i)
+        compiler.policy(cluster.key, cluster)
+        # Classes learn of one more selector, once.
+        most = NAMESPACES * APPS * 2 + 5 if i == 0 else 1
+        assert timed("policy of the cluster for every pod", compiler, revisions) <= most
+
+    for audit in (True, False):
+        whole = Namespace(Key("", "ns2"), (("team", "t2"),), audit)
+        compiler.namespace(whole.key, whole)
+        assert timed("a namespace's audit mode", compiler, revisions) == PODS // NAMESPACES
+
     started = time.perf_counter()
     for i in range(1000):
         compiler.pod(pod(PODS + i).key, pod(PODS + i))
         revisions.publish(compiler.flush())
     print(f"a new pod each revision: {(time.perf_counter() - started):.3f} ms each")
     assert sum(len(update) for update in revisions.snapshot("node1")) > PODS * 40
+
+
+def test_five_thousand_nodes() -> None:
+    compiler, revisions = Compiler(), Revisions("test")
+
+    def node(i: int, zone: str) -> Node:
+        labels = (("kubernetes.io/hostname", f"node{i}"), ("zone", zone))
+        return Node(
+            Key("", f"node{i}"), (Addr(V4_PREFIX + i.to_bytes(4, "big")),), (), labels=labels
+        )
+
+    for i in range(5000):
+        compiler.node(Key("", f"node{i}"), node(i, f"z{i % 3}"))
+    assert timed("5,000 nodes", compiler, revisions) == 5000
+    assert compiler.counts()["classes"] == 0
+    compiler.node(Key("", "node7"), node(7, "z2"))
+    assert timed("a node's labels that no policy looks at", compiler, revisions) == 0
+
+    subject = Pods(InNamespaces(EVERYTHING), EVERYTHING)
+    for name, wanted, most in (
+        ("a", label_selector(Requirement("zone", Operator.IN, ("z0",))), 1667 + 5),
+        ("b", label_selector(Requirement("zone", Operator.EXISTS)), 3333 + 5),
+        ("c", EVERYTHING, 5),
+    ):
+        rule = Rule(True, 0, (NodeSelector(wanted),), (), Action.DENY)
+        made = NetworkPolicy(Key("", name), subject, False, True, (rule,), Tier.ADMIN, 1)
+        compiler.policy(made.key, made)
+        # The nodes that no policy selected get a class; the others' learns of one more selector.
+        assert timed(f"policy {name} for nodes", compiler, revisions) <= most
+    compiler.node(Key("", "node0"), node(0, "z1"))
+    assert timed("a node's labels", compiler, revisions) == 1
+    compiler.policy(Key("", "c"), None)
+    assert timed("policy c is gone", compiler, revisions) <= 5
