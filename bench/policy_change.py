@@ -42,7 +42,7 @@ from weir.operator.revisions import Revisions
 SHAPE = world.Shape(int(os.environ.get("NAMESPACES", "300")))
 COMPILATIONS = 3
 CHANGES = 100
-RELABELLED_NAMESPACES = 20
+RELABELLED_NAMESPACES = NEW_POLICIES = 20
 SETTLE_S = 5.0
 CHANGE_S = 30.0
 READY_S = 180.0
@@ -130,11 +130,20 @@ def changes(node: Node) -> dict[str, list[float]]:
         team = f"team{0 if turn % 2 else 99}"
         node.api.put(kinds.NAMESPACE.path, world.namespace(2, team=team))
 
+    def new_policy(turn: int) -> None:
+        """For pods here, by a selector that no policy has had before."""
+        made = world.policy(0, turn % world.APPS, 0)
+        made["metadata"] = world.metadata(f"fresh-{turn}", world.HOME)
+        without = {"key": f"fresh-{turn}", "operator": "DoesNotExist"}
+        made["spec"]["podSelector"]["matchExpressions"] = [without]
+        node.api.put(kinds.POLICY.path, made)
+
     found: dict[str, list[float]] = {}
     for name, change, times in (
         ("one policy's rule", policy, CHANGES),
         ("one pod's labels", labels, CHANGES),
         ("one namespace's labels", namespace, RELABELLED_NAMESPACES),
+        ("one new policy", new_policy, NEW_POLICIES),
     ):
         found[name] = []
         for turn in range(times):

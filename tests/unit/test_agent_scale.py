@@ -153,3 +153,18 @@ def test_rows_and_numbers_follow_the_node_not_the_cluster() -> None:
     large.projection.take()
     assert len(large.projection.table("policy")) == before
     assert len(numbers["rule"].retired()) == 10
+
+
+def test_a_second_of_churn_costs_its_pods() -> None:
+    """1,000 pods elsewhere get another app each, which policies look at: their addresses move."""
+    cluster = Cluster(LARGE)
+    for home in range(1, 11):
+        for number in range(world.PODS):
+            app = f"app{(number + 1) % world.APPS}"
+            made = world.parsed(kinds.POD, world.pod(LARGE, home, number, app=app))
+            cluster.compiler.pod(made.key, made)
+    calls, delta = cluster.follow()
+    assert len(delta.addresses) == 1000
+    assert not delta.policy
+    assert not delta.endpoints
+    assert calls <= 50 * 1000, calls

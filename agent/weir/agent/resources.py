@@ -373,6 +373,12 @@ def _shared(ports: tuple[ServicePort, ...]) -> tuple[ServicePort, ...]:
 
 
 @lru_cache(maxsize=4096)
+def _shared_ranges(ranges: tuple[PortRange, ...]) -> tuple[PortRange, ...]:
+    """Likewise for the rules of policies."""
+    return ranges
+
+
+@lru_cache(maxsize=4096)
 def _hints(nodes: tuple[str, ...], zones: tuple[str, ...]) -> Hints:
     return Hints(nodes, zones)
 
@@ -469,7 +475,7 @@ def _range(message: weir_pb2.PortRange) -> PortRange:
 def _policy(message: weir_pb2.Policy) -> Policy:
     tier = Tier(message.tier)
     return Policy(
-        message.namespace,
+        sys.intern(message.namespace),
         message.name,
         WireSelector(message.subject),
         message.ingress,
@@ -482,11 +488,12 @@ def _policy(message: weir_pb2.Policy) -> Policy:
 
 def _rule(message: weir_pb2.Rule, tier: Tier) -> Rule:
     """An action of a later operator's is none that would let something through."""
-    ranges = tuple(map(_range, message.ports))
+    ranges = _shared_ranges(tuple(map(_range, message.ports)))
     peers = tuple(WireSelector(number) for number in message.peers)
-    if message.action not in {int(action) for action in Action}:
+    try:
+        action = Action(message.action)
+    except ValueError:
         return Rule(message.egress, message.index, True, (), (), Action.DENY)
-    action = Action(message.action)
     if tier == Tier.NETWORK_POLICY and action != Action.ACCEPT:
         raise ValueError(f"a NetworkPolicy's rule with action {action.name}")
     return Rule(message.egress, message.index, message.any_peer, peers, ranges, action)
