@@ -262,6 +262,30 @@ def test_a_relabelled_pod_never_shows_a_mixture(
     watch(World(pods, policies), World(changed, policies), 0)
 
 
+def test_rules_that_come_before_others_move_them_at_once() -> None:
+    """One after the other, the rule that allows would come after the one that denies all."""
+    allow, deny = Rule(True, frozenset("b")), Rule(True, None, action=Action.DENY)
+    passes = Rule(True, frozenset("c"), action=Action.PASS)
+    pods = {1: Pod(frozenset("s")), 4: Pod(frozenset("b")), 5: Pod(frozenset("c"))}
+    pods |= {2: Pod(frozenset()), 3: Pod(frozenset())}
+    old = Policy("s", False, True, (allow, deny), Tier.ADMIN)
+    new = replace(old, rules=(passes, passes, allow, deny))
+    watch(World(pods, {"x": old}), World(pods, {"x": new}), 0)
+
+
+def test_a_rule_that_passes_and_one_of_the_next_tier_share_no_row() -> None:
+    admin = Policy(
+        "s", False, True, (
+            Rule(True, frozenset("b"), action=Action.PASS), Rule(True, None, action=Action.DENY),
+        ), Tier.ADMIN,
+    )  # fmt: skip
+    network = Policy("s", False, True, (Rule(True, frozenset("b")),))
+    pods = {1: Pod(frozenset("s")), 4: Pod(frozenset("b")), 5: Pod(frozenset("c"))}
+    rows = judge(fresh(World(pods, {"x": admin, "np": network})))
+    assert rows.verdict(1, 4, TCP, 80)
+    assert not rows.verdict(1, 5, TCP, 80)
+
+
 def test_a_relabelled_pod_is_never_both() -> None:
     """It would get past the Deny rule about what it was by the Pass rule about what it will be, to
     what a NetworkPolicy allows to what it was."""

@@ -311,6 +311,7 @@ async def test_a_service_without_ready_endpoints_uses_draining_ones_then_refuses
 
 DENIES = Policy("a", True, False, (Rule(False, frozenset("b"), action=Action.DENY),), Tier.ADMIN)
 ORDERED = World({1: Pod(frozenset("a")), 4: Pod(frozenset("b"))}, {"cnp": DENIES})
+IN_BLOCK = "ipblock 10.9.0.0/16"
 OTHER = Policy("z", True, False, (Rule(False, frozenset("c")),))
 SHUT = records.IsolationFlag.SHUT
 
@@ -371,3 +372,34 @@ async def test_an_allow_row_that_does_not_fit_shuts_nothing() -> None:
     await bench.round()
     assert not bench.tables["endpoints"].rows[address(1)].ingress.levels & SHUT
     assert "what those allow is denied" in troubles(bench.reconciler)["", "cnp"]
+
+
+async def test_a_network_that_does_not_fit_shuts_who_denies_it() -> None:
+    """Its addresses would be in no ipBlock, so no rule would deny them."""
+    block = parse_cidr("10.9.0.0/16")
+    denies = Policy("a", False, True, (Rule(True, frozenset({IN_BLOCK}), action=Action.DENY),),
+                    Tier.ADMIN)  # fmt: skip
+    items = World({1: Pod(frozenset("a"))}, {"cnp": denies}).resources()
+    (number,) = (i.number for i in items.values() if isinstance(i, Selector) and i.key == IN_BLOCK)
+    items["class/90"] = Class(WireClass(90), (number,), ())
+    prefix: dict[str, Resource | None] = {"prefix/x": Prefix(block, WireClass(90))}
+    bench = Bench(prefixes=0)
+    bench.projection.apply(items)
+    bench.projection.set_endpoint(endpoint(1))
+    bench.reconciler.release()
+    await bench.round()
+    assert bench.right()
+    before = bench.runtime.value
+    bench.projection.apply(prefix)
+    await bench.round()
+    assert bench.tables["endpoints"].rows[address(1)].egress.levels & SHUT
+    assert bench.runtime.value == before + 1
+    assert "prefixes has no room" in troubles(bench.reconciler)["", "cnp"]
+    bench.projection.apply({})
+    bench.projection.set_endpoint(endpoint(1))
+    await bench.round()
+    assert bench.tables["endpoints"].rows[address(1)].egress.levels & SHUT
+    bench.tables["prefixes"].max_entries = 10
+    await bench.round(after=10.0)
+    await bench.round()
+    assert bench.right()

@@ -28,7 +28,7 @@ AnyTable = TableLike[Any, Any]
 @dataclass(slots=True)
 class Outcome:
     """`failed`: the group stopped there, the kernel is somewhere between old and new. `shut`:
-    ordered rule sets that lack a row which denies or passes."""
+    ordered rule sets that lack a row which denies or passes, or a prefix for it."""
 
     failed: DatapathError | None = None
     shut: set[int] = field(default_factory=set)
@@ -38,13 +38,17 @@ class Outcome:
 
 
 def apply_group(
-    ops: Iterable[AnyOp], tables: Mapping[str, AnyTable], shut: Iterable[int] = ()
+    ops: Iterable[AnyOp],
+    tables: Mapping[str, AnyTable],
+    shut: Iterable[int] = (),
+    of_networks: Collection[int] = (),
 ) -> Outcome:
-    """`shut`: rule sets that lack such a row already."""
+    """`shut`: rule sets that lack such a row already. `of_networks`: those that do if a prefix
+    does not fit."""
     outcome = Outcome(shut=set(shut))
     for op in ops:
         table = tables[op.table]
-        upserts: Mapping[Hashable, Any] = op.upserts
+        upserts: Mapping[Any, Any] = op.upserts
         if op.table == "services":
             upserts = _shortened(upserts, outcome)
         if op.table == "prefixes":
@@ -56,7 +60,10 @@ def apply_group(
         try:
             left = _write(table, upserts, outcome)
             if op.table == "policy":
-                _shut(tables, {key: upserts[key] for key in left}, outcome)
+                short = {key.rule_set for key in left if denies_more(upserts[key])}
+                _shut(tables, short, outcome)
+            elif op.table == "prefixes" and left:
+                _shut(tables, of_networks, outcome)
             table.delete(op.deletes)
         except DatapathError as error:
             outcome.failed = error
@@ -66,7 +73,7 @@ def apply_group(
     return outcome
 
 
-def _write(table: AnyTable, rows: Mapping[Hashable, Any], outcome: Outcome) -> set[Hashable]:
+def _write(table: AnyTable, rows: Mapping[Hashable, Any], outcome: Outcome) -> set[Any]:
     """Returns the keys of what is left out."""
     if not rows:
         return set()
@@ -87,12 +94,10 @@ def denies_more(row: records.PolicyVerdict) -> bool:
     return row.verdict != records.Verdict.ALLOW
 
 
-def _shut(
-    tables: Mapping[str, AnyTable], left: Mapping[Any, records.PolicyVerdict], outcome: Outcome
-) -> None:
+def _shut(tables: Mapping[str, AnyTable], rule_sets: Iterable[int], outcome: Outcome) -> None:
     """Whoever is in a rule set that lacks a row which denies gets nothing through, before any
     address is moved to the class that the row is about."""
-    new = {key.rule_set for key, row in left.items() if denies_more(row)} - outcome.shut
+    new = set(rule_sets) - outcome.shut
     if not new:
         return
     outcome.shut |= new

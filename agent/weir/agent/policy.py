@@ -25,6 +25,10 @@ from weir.agent.rule_sets import (
     Stage,
 )
 from weir.datapath import records
+from weir.datapath.records import Verdict
+
+IP_BLOCK = "ipblock "
+"""How the keys of selectors begin that are ipBlocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +161,18 @@ class PolicyTables:
 
     def rule_set(self, number: int) -> RuleSet | None:
         return self._by_number.get(number)
+
+    def of_networks(self) -> set[int]:
+        """Rule sets in which a rule denies networks, or passes: they rely on prefixes."""
+        return {
+            rule_set.number
+            for rule_set in self._rule_sets.values()
+            if any(
+                rule.verdict != Verdict.ALLOW
+                and any(peer.startswith(IP_BLOCK) for peer in rule.peers or ())
+                for rule in (rule_set.rules if rule_set.key.ordered else ())
+            )
+        }
 
     def subjects(self) -> dict[int, tuple[tuple[PolicyName, ...], tuple[PolicyName, ...]]]:
         return {

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -265,9 +265,17 @@ class Reconciler:
             ops = getattr(made, group)
             outcome = Outcome()
             if ops:
-                untried = self.health[group].rejected.get("policy", set()) - delta.policy.keys()
-                shut = self._shut_by(untried)
-                outcome = await asyncio.to_thread(apply_group, ops, self.tables, shut)
+                untried = {
+                    name: keys - getattr(delta, name).keys()
+                    for name, keys in self.health[group].rejected.items()
+                }
+                outcome = await asyncio.to_thread(
+                    apply_group,
+                    ops,
+                    self.tables,
+                    self._shut_by(untried),
+                    self.projection.policy.of_networks() if delta.prefixes else (),
+                )
             self._account(group, outcome, delta)
         for number in made.borrowed:
             numbers.release(number)
@@ -323,14 +331,16 @@ class Reconciler:
         elif self._clock() >= health.full_retry_at:
             health.full_retry_at = self._clock() + FULL_RETRY_SECONDS
 
-    def _shut_by(self, keys: Iterable[Hashable]) -> set[int]:
-        """Rule sets that are shut as these rows of theirs are not there."""
-        desired: Mapping[Any, Any] = self.projection.policy.rows.rows
-        rows = ((key, desired.get(key)) for key in keys)
-        return {key.rule_set for key, row in rows if row is not None and denies_more(row)}  # type: ignore[attr-defined]  # PolicyKey
+    def _shut_by(self, rejected: Mapping[str, set[Hashable]]) -> set[int]:
+        """Rule sets that are shut as these rows are not there."""
+        policy = self.projection.policy
+        desired: Mapping[Any, Any] = policy.rows.rows
+        rows = ((key, desired.get(key)) for key in rejected.get("policy", ()))
+        shut = {key.rule_set for key, row in rows if row is not None and denies_more(row)}  # type: ignore[attr-defined]  # PolicyKey
+        return shut | policy.of_networks() if rejected.get("prefixes") else shut
 
     def _account_shut(self, health: Health, written: set[int]) -> None:
-        now = self._shut_by(health.rejected.get("policy", ()))
+        now = self._shut_by(health.rejected)
         # Established flows through what has been shut.
         self._bump_owed |= bool(written - health.shut)
         if (health.shut | written) - now:

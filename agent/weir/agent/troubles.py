@@ -17,6 +17,8 @@ from weir.datapath import records
 from weir.datapath.records import Verdict
 
 NO_ROOM = "the policy map has no room for {} of its rows: {}; raise maps.policy"
+NO_PREFIXES = "the map of prefixes has no room for all networks: {}; raise maps.prefixes"
+NOTHING_PASSES = "pods that it selects get nothing through"
 
 
 class Listener(Protocol):
@@ -26,6 +28,7 @@ class Listener(Protocol):
 def troubles(reconciler: Reconciler) -> dict[PolicyName, str]:
     """What to say of each policy that did not fit."""
     rejected = reconciler.health["policy"].rejected.get("policy", ())
+    prefixes = reconciler.health["policy"].rejected.get("prefixes", ())
     projection = reconciler.projection
     rows: Counter[PolicyName] = Counter()
     shut: set[PolicyName] = set()
@@ -38,15 +41,17 @@ def troubles(reconciler: Reconciler) -> dict[PolicyName, str]:
         rows[name] += 1
         if row.verdict != Verdict.ALLOW:
             shut.add(name)
-    return {
+    found = {
         name: NO_ROOM.format(
-            count,
-            "pods that it selects get nothing through"
-            if name in shut
-            else "what those allow is denied",
+            count, NOTHING_PASSES if name in shut else "what those allow is denied"
         )
         for name, count in sorted(rows.items())
     }
+    for number in projection.policy.of_networks() if prefixes else ():
+        for name in projection.policy.policies_of(number):
+            if not name[0]:
+                found.setdefault(name, NO_PREFIXES.format(NOTHING_PASSES))
+    return found
 
 
 async def keep_telling(reconciler: Reconciler, listener: Listener) -> None:
