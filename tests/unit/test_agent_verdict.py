@@ -217,6 +217,11 @@ def test_near_misses(policy: Policy, text: str, wants: str, has: str) -> None:
     assert verdict.change(decision, question)
 
 
+def test_a_peer_that_no_selector_selects() -> None:
+    [near] = verdict.missed(*ask(np("p", rule("api")), peer=party("198.51.100.1")))
+    assert near.has == "198.51.100.1, which no policy's selector selects"
+
+
 @pytest.mark.parametrize(
     "policy",
     [

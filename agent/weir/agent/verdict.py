@@ -295,7 +295,7 @@ def _port_gap(rule: Rule, question: Question) -> tuple[str, str]:
 def _peer_gap(rule: Rule, question: Question) -> tuple[str, str]:
     peer = question.peer
     selected = sorted(peer.content.selectors)
-    has = f"selected by {_some(selected)}" if selected else "selected by none of any policy"
+    has = f"selected by {_some(selected)}" if selected else "which no policy's selector selects"
     return _some(sorted(rule.peers or ())), f"{peer.name}, {has}"
 
 
