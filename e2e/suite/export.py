@@ -12,7 +12,7 @@ from e2e.suite.world import LABEL
 
 OUT = REPOSITORY / "build" / "e2e"
 _KINDS = ("pods", "services", "endpointslices", "networkpolicies", "clusternetworkpolicies")
-_COMMANDS = ("status", "endpoints", "services", "policies")
+_COMMANDS = ("status", "endpoints", "services", "policies", "policy denials")
 _AGENT = "app.kubernetes.io/name=weir-agent"
 _OPERATOR = "app.kubernetes.io/name=weir-operator"
 
@@ -36,8 +36,8 @@ def export(test: str, weir: str) -> Path:
             save(folder / f"{name}.previous.log", "logs", space, name, "--previous", "--tail=2000")
             if part == "agent":
                 for what in _COMMANDS:
-                    target = folder / f"{name}.{what}.json"
-                    save(target, "exec", space, name, "--", "weir", what, "-o", "json")
+                    target = folder / f"{name}.{what.replace(' ', '-')}.json"
+                    save(target, "exec", space, name, "--", "weir", *what.split(), "-o", "json")
     return folder
 
 

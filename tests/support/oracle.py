@@ -36,7 +36,7 @@ class Oracle:
     def __init__(self, cluster: Cluster, here: str) -> None:
         self._cluster = cluster
         self._here = here
-        self._spec = spec_oracle.Cluster(
+        self.spec = spec_oracle.Cluster(
             namespaces={name: thing for (_, name), thing in cluster.of("Namespace").items()},
             nodes={name: thing for (_, name), thing in cluster.of("Node").items()},
             pods=cluster.of("Pod"),
@@ -48,7 +48,7 @@ class Oracle:
 
     def is_local(self, ip: str) -> bool:
         """Of a pod on this node."""
-        pod = self._spec.pod_at(ip)
+        pod = self.spec.pod_at(ip)
         return pod is not None and pod["spec"]["nodeName"] == self._here
 
     def allows(self, source: str, target: str, protocol: str, port: int) -> bool:
@@ -59,12 +59,12 @@ class Oracle:
     def egress(self, source: str, target: str, protocol: str, port: int) -> bool:
         """As far as this node decides it: for its own pods."""
         return not self.is_local(source) or (
-            self._spec.decision(spec_oracle.EGRESS, source, target, protocol, port).allowed
+            self.spec.decision(spec_oracle.EGRESS, source, target, protocol, port).allowed
         )
 
     def ingress(self, source: str, target: str, protocol: str, port: int) -> bool:
         return not self.is_local(target) or (
-            self._spec.decision(spec_oracle.INGRESS, source, target, protocol, port).allowed
+            self.spec.decision(spec_oracle.INGRESS, source, target, protocol, port).allowed
         )
 
     def backends(self, vip: str, protocol: str, port: int) -> set[tuple[str, int]] | None:

@@ -18,6 +18,7 @@ from support.oracle_scripts import (
     Action,
     change,
 )
+from support.oracle_why import Explanations
 
 FLOWS = 24
 PER_ROW = 60  # packets after each row
@@ -40,8 +41,11 @@ class Checker:
     def check(self, probes: int) -> None:
         oracle = Oracle(self._node.cluster, HERE)
         self._established(oracle)
+        explanations = Explanations(self._node)
         for question in questions(self._node, self._rng, probes):
             self._fresh(oracle, question)
+            if differences := explanations.differences(oracle, *question):
+                raise Difference(f"{question}: {'; '.join(differences)}")
         self._services(oracle)
         self._open(oracle)
 

@@ -217,6 +217,17 @@ def test_near_misses(policy: Policy, text: str, wants: str, has: str) -> None:
     assert verdict.change(decision, question)
 
 
+def test_a_peer_that_many_selectors_select() -> None:
+    [near] = verdict.missed(*ask(np("p", rule("api", "web")), peer=party("ns/x", *"abcde")))
+    assert near.wants == "api or web"
+    assert near.has == "ns/x, selected by a and b and c and 2 more"
+
+
+def test_a_peer_that_no_selector_selects() -> None:
+    [near] = verdict.missed(*ask(np("p", rule("api")), peer=party("198.51.100.1")))
+    assert near.has == "198.51.100.1, which no policy's selector selects"
+
+
 @pytest.mark.parametrize(
     "policy",
     [

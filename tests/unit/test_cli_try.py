@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -312,7 +313,9 @@ def test_audit_mode(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_newly_allowed_by_a_deletion(capsys: pytest.CaptureFixture[str]) -> None:
     """What was denied is among the denials: conntrack has nothing of it."""
-    source = FakeSource(denied=[{**V4, "judged": True}])
+    now = time.time()
+    long_ago = {**flow("10.1.0.1", "10.1.0.2", 1), "last_seen": now - 4000}
+    source = FakeSource(denied=[{**V4, "last_seen": now}, long_ago])
     words = ("--delete", "netpol/shop/shut", "-o", "json")
     assert attempted(source, *words, objects=(*SHOP, SHUT)) == 2
     told = json.loads(capsys.readouterr().out)

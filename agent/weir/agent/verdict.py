@@ -295,13 +295,14 @@ def _port_gap(rule: Rule, question: Question) -> tuple[str, str]:
 def _peer_gap(rule: Rule, question: Question) -> tuple[str, str]:
     peer = question.peer
     selected = sorted(peer.content.selectors)
-    has = f"selected by {_some(selected)}" if selected else "selected by none of any policy"
+    by = f"selected by {_some(selected, 'and')}" if selected else ""
+    has = by or "which no policy's selector selects"
     return _some(sorted(rule.peers or ())), f"{peer.name}, {has}"
 
 
-def _some(texts: Sequence[str]) -> str:
-    more = f" or {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
-    return " or ".join(texts[:SHOWN]) + more
+def _some(texts: Sequence[str], word: str = "or") -> str:
+    more = f" {word} {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+    return f" {word} ".join(texts[:SHOWN]) + more
 
 
 def _range_text(wanted: PortRange) -> str:

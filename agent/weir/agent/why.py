@@ -206,7 +206,8 @@ class Why:
     def _party(self, model: Model, addr: Addr) -> Party:
         return model.party(addr, self._explainer.pod_name(addr) or text(addr))
 
-    def _by_model(self, model: Model, flow: Flow, direction: Direction) -> ModelView:
+    def question(self, model: Model, flow: Flow, direction: Direction) -> Question:
+        """That one end of a flow asks the policies."""
         egress = direction is Direction.EGRESS
         here, there = (flow.source, flow.destination) if egress else (flow.destination, flow.source)
         subject, peer = self._party(model, here), self._party(model, there)
@@ -214,11 +215,16 @@ class Why:
         at_here, at_there = placement.located(here), placement.located(there)
         if at_here is not None and at_there is not None and at_here.endpoint is at_there.endpoint:
             peer = replace(peer, standing=Standing.ITSELF)
-        question = Question(egress, subject, peer, flow.protocol, flow.port)
+        return Question(egress, subject, peer, flow.protocol, flow.port)
+
+    def _by_model(self, model: Model, flow: Flow, direction: Direction) -> ModelView:
+        question = self.question(model, flow, direction)
+        here = flow.source if question.egress else flow.destination
+        located = self._projection.placement.located(here)
         decision = model.decide(question)
         return ModelView(
             allowed=decision.allowed,
-            audited=not decision.allowed and at_here is not None and at_here.audit,
+            audited=not decision.allowed and located is not None and located.audit,
             ground=decision.ground,
             because=verdict.because(decision, question),
             policies=[

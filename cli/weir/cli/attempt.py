@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`weir policy try`: what policies of a file would change for the flows seen lately.
 
-Flows come from all agents: what conntrack follows, and what policies denied lately. The heavy
-imports are behind this module, which `weir.cli.policy` imports when it is asked for.
+Flows come from all agents: what conntrack follows, and what policies denied in the last hour. The
+heavy imports are behind this module, which `weir.cli.policy` imports when it is asked for.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import json
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,8 @@ from weir.cli.source import Kubectl, Question, Source
 
 NUMBERS = {name: number for number, name in PROTOCOLS.items()}
 ICMP = (1, 58)
+# What was denied longer ago is of little use: its addresses may be other pods' by now.
+DENIED_WITHIN_SECONDS = 3600
 
 
 def run(arguments: argparse.Namespace, where: Source, kubectl: Kubectl) -> int:
@@ -59,6 +62,7 @@ def run(arguments: argparse.Namespace, where: Source, kubectl: Kubectl) -> int:
 
 def flows(where: Source) -> tuple[Counter[Flow], dict[str, str]]:
     """Distinct ones with how often they were seen; what went wrong, by node."""
+    now = time.time()
     seen: Counter[Flow] = Counter()
     one_at_a_time = threading.Lock()
 
@@ -73,7 +77,8 @@ def flows(where: Source) -> tuple[Counter[Flow], dict[str, str]]:
         if answer.error:
             errors.setdefault(answer.node, answer.error)
         for item in answer.data or ():
-            seen[_flow(item)] += 1
+            if now - item["last_seen"] <= DENIED_WITHIN_SECONDS:
+                seen[_flow(item)] += 1
     return seen, errors
 
 

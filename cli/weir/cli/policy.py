@@ -31,8 +31,9 @@ differ; 1 if an end has no agent that answers, or something else went wrong.
 """
 
 TRY = """\
-Shows which of the flows seen lately (what conntrack follows, and what policies denied) would fare
-otherwise with these NetworkPolicies and ClusterNetworkPolicies applied. Nothing is applied.
+Shows which of the flows seen lately (what conntrack follows, and what policies denied in the last
+hour) would fare otherwise with these NetworkPolicies and ClusterNetworkPolicies applied. Nothing is
+applied.
 """
 TRY_EXIT = """\
 exit code: 0 if nothing would change; 2 if something would; 1 if a policy has a problem, a node does
