@@ -160,6 +160,13 @@ def test_a_drop_names_the_rule_that_denies(node: Node, net: Book) -> None:
     assert (event.rule, event.rule_set, event.direction) == (7, SET, Direction.INGRESS)
 
 
+def test_what_passes_keeps_the_direction_it_came_in(node: Node, net: Book) -> None:
+    node.isolate(b_ingress=ordered(node, admin(6, ALLOW, peer=CLASS_A)))
+    node.from_pod("a", net.ip(net.a, net.b) / syn())
+    [event] = node.reader.drain()
+    assert (event.kind, event.rule, event.direction) == (EventKind.ALLOW, 7, Direction.EGRESS)
+
+
 def test_network_policies_deny_without_a_rule(node: Node, net: Book) -> None:
     """Not that of the Pass rule before them."""
     node.isolate(a_egress=ordered(node, admin(6, PASS), isolated=True))

@@ -167,6 +167,7 @@ def test_image_tag_defaults_to_the_chart_s_app_version() -> None:
             {"algorithm": "maglev", "maglevTableSize": 251, "mode": "dsr"},
             id="maglev",
         ),
+        pytest.param("policy.audit=true", "policy", {"audit": True}, id="audit"),
         pytest.param("agent.resyncSeconds=7", "resyncSeconds", 7, id="resync"),
         pytest.param('logLevel="debug"', "logLevel", "debug", id="log"),
         pytest.param('cni={"confName":"00-w.conflist"}', "cniConfName", "00-w.conflist", id="conf"),

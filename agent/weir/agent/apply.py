@@ -106,6 +106,16 @@ def _shut(tables: Mapping[str, AnyTable], rule_sets: Iterable[int], outcome: Out
     endpoints.update({addr: after for addr, (before, after) in rows.items() if after != before})
 
 
+def opened(row: records.Endpoint) -> records.Endpoint:
+    """Without what `_shut` does."""
+    mask = ~int(records.IsolationFlag.SHUT)
+    return replace(
+        row,
+        egress=replace(row.egress, levels=row.egress.levels & mask),
+        ingress=replace(row.ingress, levels=row.ingress.levels & mask),
+    )
+
+
 def shut_in(row: records.Endpoint, rule_sets: Collection[int]) -> records.Endpoint:
     def one(isolation: records.Isolation) -> records.Isolation:
         if isolation.rule_set not in rule_sets:

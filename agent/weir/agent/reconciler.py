@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from weir.agent.apply import AnyTable, Outcome, apply_group, compare, denies_more
+from weir.agent.apply import AnyTable, Outcome, apply_group, compare, denies_more, opened
 from weir.agent.errors import Rejected
 from weir.agent.plan import plan
 from weir.agent.rows import Change
@@ -247,6 +247,10 @@ class Reconciler:
                     return False
                 if self.first_done.is_set() and not health.error:
                     ours = changes.keys() | rejected
+                    if name == "endpoints":
+                        ours |= {
+                            k for k, row in found.items() if row and opened(row) == desired.get(k)
+                        }
                     self.statistics.repaired += sum(key not in ours for key in found)
                 changes.clear()
                 changes.update({k: Change(row, desired.get(k)) for k, row in found.items()})

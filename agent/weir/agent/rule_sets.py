@@ -166,7 +166,8 @@ class RuleSet:
     def names_every_peers_port(self) -> bool:
         """An egress rule for every peer that names a port: each class resolves it itself."""
         return self.key.egress and any(
-            rule.peers is None and any(spec.name for spec in rule.ports) for rule in self.rules
+            rule.peers is None and any(spec.name for spec in rule.ports)
+            for _, _, rule in self.ranked
         )
 
     def set_rules(self, policies: Iterable[tuple[PolicyName, PolicyContent]]) -> None:
