@@ -2,9 +2,15 @@
 """Which Service of type LoadBalancer has which addresses: pure, without clock or I/O.
 
 Nothing is stored but in the Services' status: an allocator that is made anew is told what they
-have, and comes to the same result. `settle` looks at the Services that something changed for, in
-two passes. First each keeps what it has and may have; if two have one address, the older Service
-keeps it. Then what is missing is given, so that no new Service takes what another one has.
+have, and comes to the same result. `settle` looks at the Services that something changed for.
+First each keeps what its status says, then what it was given that nobody wrote yet, as far as it
+may have that; if two have one address, the older Service keeps it. Then what is missing is given,
+so that no new Service takes what another one has.
+
+Two replicas can think for a while that they lead. What the other one writes is taken over, and
+nothing in an outcome depends on what came first or together with what. So the oldest Service stays
+as it was first written, then the next one, and the two agree. If each kept to what it decided
+itself, they would overwrite each other for ever.
 
 A Service keeps an address as long as a pool for it has that address. What it asks for comes
 first; until that can be given it keeps what it has.
@@ -86,6 +92,7 @@ class _Served:
     wish: Wish
     shown: Shown
     addresses: tuple[Addr, ...]
+    written: bool = True  # its status has other addresses than when it was last looked at
 
 
 @dataclass(slots=True)
@@ -124,16 +131,17 @@ class Allocator:
             self._dirty.update(key for key in self._served if key.namespace == name)
 
     def service(self, key: Key, wish: Wish | None, shown: Shown | None = None) -> None:
-        """The first time, what it has is what its status says; later, what it was given."""
+        """What it has is what its status says when that is new; else what it was given."""
         served = self._served.get(key)
         if wish is None:
             if served is not None:
+                before = self._holders(served.addresses)
                 self._release(key, served.addresses)
-                self._wake(served.addresses)
+                self._waiting.discard(key)
+                self._wake(before)
                 del self._served[key]
                 self.outcomes.pop(key, None)
                 self._dirty.discard(key)
-                self._waiting.discard(key)
             return
         shown = shown or Shown()
         if served is None:
@@ -141,6 +149,7 @@ class Allocator:
         elif served.wish == wish and served.shown == shown:
             return
         else:
+            served.written |= served.shown.addresses != shown.addresses
             served.wish, served.shown = wish, shown
         self._dirty.add(key)
 
@@ -150,27 +159,47 @@ class Allocator:
         """The Services whose outcome is another one now."""
         changed: set[Key] = set()
         while self._dirty:
+            self._dirty |= self._rivals()
             dirty = sorted(self._dirty, key=lambda key: self._served[key].wish.order())
             self._dirty = set()
             had = {key: self._had(self._served[key]) for key in dirty}
-            held = [addr for key in dirty for addr in self._served[key].addresses]
+            before = self._holders(addr for key in dirty for addr in self._served[key].addresses)
             for key in dirty:
-                self._release(key, self._served[key].addresses)
-                self._served[key].addresses = ()
+                served = self._served[key]
+                self._release(key, served.addresses)
+                served.addresses, served.written = (), False
             for key in dirty:
-                self._keep(key, had[key])
+                self._keep(key, had[key][0])
+            for key in dirty:
+                self._keep(key, self._lacking(key, had[key][1]))
             for key in dirty:
                 outcome = self._decide(key)
                 if self.outcomes.get(key) != outcome:
                     self.outcomes[key] = outcome
                     changed.add(key)
-            self._wake(held)
+            nobody: Mapping[Key, Wish] = {}
+            given = (addr for key in dirty for addr in self._served[key].addresses)
+            self._wake(dict.fromkeys(given, nobody) | before)
         return changed
 
-    def _wake(self, held: Iterable[Addr]) -> None:
-        """Somebody may have waited for an address that nobody holds any more."""
-        if any(addr not in self._held for addr in held):
+    def _rivals(self) -> set[Key]:
+        """Who holds what the status of others says now: age decides, not who came first."""
+        news = (self._served[key] for key in self._dirty)
+        shown = (addr for served in news if served.written for addr in served.shown.addresses)
+        return {key for addr in shown for key in self._held.get(addr, ())}
+
+    def _holders(self, addresses: Iterable[Addr]) -> dict[Addr, dict[Key, Wish]]:
+        return {addr: dict(self._held[addr]) for addr in addresses}
+
+    def _wake(self, before: Mapping[Addr, Mapping[Key, Wish]]) -> None:
+        """Somebody may have waited for an address that nobody holds any more, or been told who
+        has it. `before`: who held those that may have moved."""
+        moved = {addr for addr, holders in before.items() if self._held.get(addr, {}) != holders}
+        if moved - self._held.keys():
             self._dirty |= self._waiting
+        elif moved:
+            waiting = ((key, self._served[key].wish.requested) for key in self._waiting)
+            self._dirty.update(key for key, asked in waiting if not moved.isdisjoint(asked))
 
     def counts(self) -> dict[Key, tuple[Counts, Counts]]:
         """Of IPv4 and IPv6, by pool; a pool without addresses is not there."""
@@ -188,11 +217,20 @@ class Allocator:
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def _had(self, served: _Served) -> tuple[Addr, ...]:
-        outcome = self.outcomes.get(served.wish.key)
-        if outcome is not None and outcome.addresses is not None:
-            return served.addresses
-        return served.shown.addresses
+    def _had(self, served: _Served) -> tuple[tuple[Addr, ...], tuple[Addr, ...]]:
+        """What its status says, and what it was given besides."""
+        outcome, shown = self.outcomes.get(served.wish.key), served.shown.addresses
+        if outcome is None or outcome.addresses is None:
+            return shown, ()
+        if not served.written:
+            shown = tuple(addr for addr in served.addresses if addr in shown)
+        return shown, tuple(addr for addr in served.addresses if addr not in shown)
+
+    def _lacking(self, key: Key, given: Iterable[Addr]) -> list[Addr]:
+        """Without what its status says something else in place of, unless it asks for that."""
+        served = self._served[key]
+        has = {is_ipv4(addr) for addr in served.addresses}
+        return [a for a in given if is_ipv4(a) not in has or a in served.wish.requested]
 
     def _theirs(self, served: _Served) -> bool:
         """A class-less Service that somebody else gave what it has; or nobody gives it anything,
@@ -298,7 +336,7 @@ class Allocator:
         if not self._selects(room, wish):
             words = f"{text(addr)} is of LoadBalancerPool {room.pool.key}, whose selectors"
             return f"{words} do not select this Service"
-        for other in self._held.get(addr, {}).values():
+        for other in sorted(self._held.get(addr, {}).values(), key=Wish.order):
             if why_not := share(wish, other):
                 return f"{text(addr)} is that of Service {other.key}, not to be shared {why_not}"
         return ""

@@ -76,16 +76,18 @@ class Surroundings:
         return self._synced >= KINDS
 
     def cluster(self, services: Iterable[tuple[str, Range]]) -> Cluster:
-        """`services`: the Service CIDRs, with what to call them."""
+        """`services`: the Service CIDRs, with what to call them. In an order that does not depend
+        on what came first, so that replicas name the same owner of what a pool overlaps."""
+        nodes = sorted(self.nodes.values(), key=lambda node: node.key)
         pods = (
             (f"the pod CIDR of node {node.key.name}", range_of(cidr))
-            for node in self.nodes.values()
+            for node in nodes
             for cidr in node.pod_cidrs
         )
         hosts: dict[Addr, str] = {}
-        for node in self.nodes.values():
+        for node in nodes:
             hosts.update(dict.fromkeys(node.addresses, node.key.name))
-        return Cluster((*services, *pods), hosts)
+        return Cluster((*sorted(services), *pods), hosts)
 
 
 def _taken(node: Node | None) -> object:

@@ -272,6 +272,68 @@ def test_of_two_with_one_address_the_older_keeps_it() -> None:
     assert (desk.given("young"), desk.given("old")) == ("192.0.2.0", "192.0.2.5")
 
 
+def test_what_another_replica_wrote_is_taken_over() -> None:
+    desk = Desk().set_pools(pool("a", "192.0.2.0/28")).add(service("a"), service("b"))
+    assert (desk.given("a"), desk.given("b")) == ("192.0.2.0", "192.0.2.1")
+    desk.add(service("b"), shows="192.0.2.5")
+    assert (desk.given("a"), desk.given("b")) == ("192.0.2.0", "192.0.2.5")
+    desk.add(service("a"), shows="192.0.2.5")  # the older one, though it comes later
+    assert (desk.given("a"), desk.given("b")) == ("192.0.2.5", "192.0.2.0")
+
+
+def test_nothing_written_or_nothing_usable_takes_nothing_away() -> None:
+    desk = Desk().set_pools(pool("a", "192.0.2.0/28")).add(service("a"))
+    for shows in ("192.0.2.0", "", "198.51.100.1", "192.0.2.0", ""):
+        assert desk.given("a") == "192.0.2.0"
+        desk.add(service("a"), shows=shows)
+
+
+def test_what_another_replica_wrote_comes_instead_of_what_was_given() -> None:
+    desk = Desk().set_pools(pool("a", "192.0.2.0/28")).add(service("a"))
+    assert desk.given("a") == "192.0.2.0"
+    desk.add(service("a", ips="198.51.100.1"), shows="192.0.2.5")
+    assert desk.given("a") == "192.0.2.5"
+    assert "is in no usable block" in desk.why("a")
+
+
+def test_status_that_is_not_written_yet_claims_nothing_back() -> None:
+    desk = Desk().set_pools(pool("a", "192.0.2.0/30")).add(service("first"), service("moves"))
+    assert (desk.given("first"), desk.given("moves")) == ("192.0.2.0", "192.0.2.1")
+    desk.add(service("moves"), shows="192.0.2.1")
+    asks = service("moves", ips="192.0.2.3")
+    desk.add(asks, shows="192.0.2.1")
+    assert desk.given("moves") == "192.0.2.3"
+    desk.add(service("young", created=9))
+    assert desk.given("young") == "192.0.2.1"
+    desk.remove(service("first"))
+    for labels in ({"app": "x"}, {"app": "y"}):
+        desk.add(service("moves", ips="192.0.2.3", labels=labels), shows="192.0.2.1")
+        desk.add(service("young", created=9, labels=labels))
+        assert (desk.given("moves"), desk.given("young")) == ("192.0.2.3", "192.0.2.1")
+
+
+def test_what_was_asked_for_stays_though_somebody_strikes_it() -> None:
+    desk = Desk().set_pools(pool("a", "192.0.2.1-192.0.2.3"))
+    asks = service("asks", created=5, ips="192.0.2.1,192.0.2.2")
+    assert desk.add(asks).given("asks") == "192.0.2.1 192.0.2.2"
+    desk.add(asks, shows="192.0.2.1").add(service("old"))
+    assert (desk.given("asks"), desk.given("old")) == ("192.0.2.1 192.0.2.2", "192.0.2.3")
+
+
+def test_who_has_an_address_is_told_as_it_is() -> None:
+    """Whoever shares it comes and goes: the oldest is named, the same by every replica."""
+    shared = {"sharing_key": "k", "ips": "192.0.2.1"}
+    one = service("one", created=2, ports=["80/TCP"], **shared)
+    other = service("other", created=1, ports=["443/TCP"], **shared)
+    desk = Desk().set_pools(pool("a", "192.0.2.0/28")).add(one)
+    desk.add(service("waits", created=3, ips="192.0.2.1"))
+    assert "is that of Service shop/one," in desk.why("waits")
+    desk.add(other)
+    assert "is that of Service shop/other," in desk.why("waits")
+    desk.remove(other)
+    assert "is that of Service shop/one," in desk.why("waits")
+
+
 def test_without_pools_services_are_left_alone() -> None:
     desk = Desk().add(service("a"), shows="203.0.113.7").add(service("b")).set_pools()
     assert (desk.given("a"), desk.given("b"), desk.why("b")) == ("theirs", "theirs", "")

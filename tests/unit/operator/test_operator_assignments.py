@@ -13,9 +13,10 @@ import pytest
 from support.apiserver import Json
 from support.live_api import NAMESPACES, NODES, POOLS, SERVICES, LiveApi
 
+from weir.api.address import text
 from weir.operator import assignments as assignments_module
 from weir.operator import kinds
-from weir.operator.api import Api
+from weir.operator.api import Api, ApiError
 from weir.operator.assignments import Assignments
 from weir.operator.kubeconfig import Access
 from weir.operator.objects import Key, Problem
@@ -84,12 +85,22 @@ async def until(what: Callable[[], object], wanted: object, seconds: float = 10.
         await asyncio.sleep(0.01)
 
 
-async def quiet(api: LiveApi, seconds: float = 0.3) -> None:
+async def quiet(api: LiveApi, seconds: float = 0.3, most: float = 30.0) -> None:
     """Nothing is written any more."""
+    deadline = time.monotonic() + most
     count = -1
     while count != len(api.written):
+        last = api.written[-4:]
+        assert time.monotonic() < deadline, f"{len(api.written)} writes, and no end: {last}"
         count = len(api.written)
         await asyncio.sleep(seconds)
+
+
+def decided(who: Replica) -> dict[str, str]:
+    """By the name of the Service, without what has been written of it."""
+    term = who.assignments._term
+    outcomes = term.allocator.outcomes if term else {}
+    return {key.name: " ".join(map(text, one.addresses or ())) for key, one in outcomes.items()}
 
 
 def condition(of: Json) -> tuple[str, str, str]:
@@ -294,6 +305,39 @@ async def test_two_who_think_that_they_lead_end_with_no_address_twice() -> None:
         before = {i: api.ingress(f"s{i}") for i in range(20)}
         await quiet(api)
         assert {i: api.ingress(f"s{i}") for i in range(20)} == before
+
+
+async def test_two_who_decided_otherwise_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has decided to give what the other gives to the other Service before either writes."""
+    api = LiveApi()
+    api.pool("a", "192.0.2.0/27")
+    fail, write = asyncio.Event(), asyncio.Event()
+    patch = Api.patch
+
+    async def late(self: Api, path: str, body: object, content_type: str) -> bytes:
+        if "/services/" in path:
+            if not fail.is_set():
+                await fail.wait()
+                raise ApiError(f"PATCH {path}", 500, "scripted")
+            await write.wait()
+        return await patch(self, path, body, content_type)
+
+    monkeypatch.setattr(Api, "patch", late)
+    async with api.serve() as url, replica(url) as one, replica(url) as two:
+        one.lead()
+        api.service("younger")
+        await until(lambda: decided(one), {"younger": "192.0.2.0"})
+        api.service("older")  # by name, as both are of one second
+        fail.set()
+        await until(lambda: decided(one), {"younger": "192.0.2.0", "older": "192.0.2.1"})
+        two.lead()
+        await until(lambda: decided(two), {"older": "192.0.2.0", "younger": "192.0.2.1"})
+        write.set()
+        await until(lambda: bool(api.ingress("older") and api.ingress("younger")), True)
+        await quiet(api)
+        written = {name: " ".join(api.ingress(name)) for name in ("older", "younger")}
+        assert decided(one) == decided(two) == written
+        assert len(set(written.values())) == 2
 
 
 async def test_a_write_without_an_answer_is_given_up_in_time(

@@ -10,6 +10,7 @@ import pytest
 from support.load_balancers import pool
 
 from weir.api.address import parse, parse_cidr, text
+from weir.operator.objects import Key, Node, Problem
 from weir.operator.pools import (
     Cluster,
     Judged,
@@ -21,6 +22,7 @@ from weir.operator.pools import (
     parse_pool,
     range_of,
 )
+from weir.operator.surroundings import Surroundings
 
 
 def blocks(of: Pool) -> list[str]:
@@ -141,3 +143,38 @@ def test_what_a_pool_says_twice_it_has_once() -> None:
     assert (text(address(min(numbers))), text(address(max(numbers)))) == ("192.0.2.0", "192.0.2.20")
     assert len(numbers) == 21
     assert condition(found).status == "True"
+
+
+class Nobody:
+    """The consumer after the one that is tested."""
+
+    def changed(self, kind: str, key: Key, old: object | None, new: object | None) -> None:
+        pass
+
+    def problems(self, kind: str, key: Key, problems: tuple[Problem, ...]) -> None:
+        pass
+
+    def synced(self, kind: str) -> None:
+        pass
+
+
+def test_every_replica_says_the_same_of_a_pool() -> None:
+    """Whatever it heard of first: else two that write conditions overwrite each other's."""
+    nodes = [
+        Node(Key("", name), (parse("198.51.100.1"),), (parse_cidr(f"10.0.{i}.0/24"),))
+        for i, name in enumerate(["n1", "n2"])
+    ]
+    cidrs = [
+        (f"the Service CIDR {c}", range_of(parse_cidr(c))) for c in ("10.8.0.0/16", "10.9.0.0/16")
+    ]
+    said = []
+    for step in (1, -1):
+        around = Surroundings(Nobody())
+        for node in nodes[::step]:
+            around.changed("Node", node.key, None, node)
+        pools = [pool("a", "10.0.0.0/23", "10.8.0.0/15", "198.51.100.0/30")]
+        (judged,) = judge(pools, around.cluster(cidrs[::step])).values()
+        said.append(condition(judged).message)
+    assert said[0] == said[1]
+    for owner in ("pod CIDR of node n1", "Service CIDR 10.8.0.0/16", "198.51.100.1 (n2)"):
+        assert owner in said[0]
