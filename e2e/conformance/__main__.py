@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
@@ -16,15 +17,17 @@ from typing import TextIO
 from e2e.cluster import binaries
 from e2e.cluster.errors import ClusterError
 from e2e.conformance import target
+from e2e.conformance.pool import pool
 from e2e.conformance.report import PASSED, Spec, read_output, read_report, write_list
 from e2e.conformance.target import OUTPUT
 
 _UNQUIET = r"\[Disruptive\]|\[Slow\]|\[Serial\]"
+_LOAD_BALANCER = "load-balancer"
 _SELECTIONS = {  # name -> focus, skip
     "conformance": (r"\[sig-network\].*\[Conformance\]", r"\[Disruptive\]|\[Feature"),
     "others": (r"\[sig-network\]", rf"{_UNQUIET}|\[Feature|\[Conformance\]"),
     "dual-stack": (r"\[sig-network\].*\[Feature:IPv6DualStack\]", r"\[Disruptive\]|\[Serial\]"),
-    "load-balancer": (r"\[sig-network\] LoadBalancers", r"\[Disruptive\]|\[Serial\]"),
+    _LOAD_BALANCER: (r"\[sig-network\] LoadBalancers", r"\[Disruptive\]|\[Serial\]"),
 }
 _PROCESSES = "4"
 _TIMEOUT = "2h"
@@ -60,7 +63,11 @@ def _run() -> list[Spec]:
     selection, focus, skip = _selection()
     command = _command(folder, where.config, nodes, focus, skip)
     specs_seen = 0
-    with (OUTPUT / "log.txt").open("w") as log, where.start(command) as process:
+    with (
+        pool(where) if selection == _LOAD_BALANCER else nullcontext(),
+        (OUTPUT / "log.txt").open("w") as log,
+        where.start(command) as process,
+    ):
         assert process.stdout
         try:
             for spec in read_output(_kept(process.stdout, log)):

@@ -44,11 +44,11 @@ class Target:
             preexec_fn=_join_control_plane if self.local else None,  # noqa: PLW1509 - no threads
         )
 
-    def kubectl(self, *arguments: str) -> str:
+    def kubectl(self, *arguments: str, text: str | None = None) -> str:
         """Its output; that it fails means that the cluster does not answer."""
         program = binaries.binary_folder() / "kubectl"
         command = [str(program), f"--kubeconfig={self.kubeconfig}", *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
         if result.returncode:
             raise ClusterError(f"the cluster of {self.kubeconfig}: {result.stderr.strip()}")
         return result.stdout

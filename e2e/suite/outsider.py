@@ -65,12 +65,14 @@ class Outsider(Probe):
 
     @contextmanager
     def more_addresses(self, addresses: Iterable[str]) -> Iterator[None]:
-        """On the nodes' segment, besides those that it has."""
+        """On the nodes' segment, besides those that it has, and not used unasked: of several IPv6
+        addresses the kernel would take the latest, were it not deprecated."""
         for action in ("add", "del"):
             for address in addresses:
-                whole = [f"{address}/128", "nodad"] if ":" in address else [f"{address}/32"]
-                command = ["ip", "address", action, whole[0], "dev", self.device]
-                subprocess.run([*self._enter, *command, *whole[1:]], check=True)
+                command = ["ip", "address", action, address, "dev", self.device]
+                if ":" in address and action == "add":
+                    command += ["nodad", "preferred_lft", "0"]
+                subprocess.run([*self._enter, *command], check=True)
             if action == "add":
                 yield
 
@@ -78,8 +80,9 @@ class Outsider(Probe):
     def ready_for_xdp(self, mode: str, nodes: Iterable[str]) -> Iterator[None]:
         """The far ends of the nodes' uplinks, which have the nodes' names."""
         command = [sys.executable, "-m", "e2e.suite.far_ends", mode, *nodes]
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         process = subprocess.Popen(
-            [*self._enter, *command], cwd=REPOSITORY,
+            [*self._enter, *command], env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         try:
