@@ -17,6 +17,7 @@ from support import sctp
 from support.packet_node import GATEWAY_MAC, HOST_MACS, PEER_MAC, POD_MACS, Book, Node
 from support.packets import TC_ACT_OK, TC_ACT_REDIRECT, TC_ACT_SHOT, assert_packet
 from support.sctp import Sctp
+from support.timing import SCALE
 
 from weir.datapath.records import CtFlag, DropReason, Isolation, SnatKind
 
@@ -82,12 +83,13 @@ def test_new_backends_get_new_associations_only(node: Node, net: Book) -> None:
 
 
 def test_every_length(node: Node, net: Book) -> None:
-    """Random contents and ports, of every length that a test run takes: both ends."""
+    """Random contents and ports, of every length that a test run takes: both ends. Of them all, as
+    our own CRC is slow, only on this machine's kernel; others get a sample of odd and even ones."""
     chance = random.Random(net.family)
-    for length in range(sctp.HEADER, TEST_RUN_MAX):
+    for number, length in enumerate(range(sctp.HEADER, TEST_RUN_MAX, 1 if SCALE == 1 else 41)):
         port, target, sport = (chance.randrange(1, 65536) for _ in range(3))
         body = chance.randbytes(length - sctp.HEADER)
-        if not length % 50 or length == sctp.HEADER:
+        if number % 50 == 0:
             node.service(sctp.PROTOCOL, port, (net.b, target))
             current = port, target
         port, target = current
