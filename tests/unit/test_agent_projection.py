@@ -153,12 +153,14 @@ def single_ops(made: Any) -> Any:
             yield op.table, key, None
 
 
-def run_and_watch(projection: Projection, kernel: Rows, old: World, new: World) -> None:
+def run_and_watch(
+    projection: Projection, kernel: Rows, old: World, new: World, between: tuple[World, ...] = ()
+) -> None:
     made = made_plan(projection)
     watched = [
         (question, expected(old, question))
         for question in filter(involves_local, questions(PODS))
-        if expected(old, question) == expected(new, question)
+        if len({expected(world, question) for world in (old, new, *between)}) == 1
     ]
     seen = Judge(kernel["endpoints"], kernel["addresses"], kernel["policy"])
     for table, key, row in single_ops(made):
@@ -172,7 +174,8 @@ def run_and_watch(projection: Projection, kernel: Rows, old: World, new: World) 
         assert kernel[name] == dict(projection.table(name).rows), name
 
 
-def watch(old: World, new: World, offset: int) -> None:
+def watch(old: World, new: World, offset: int, between: tuple[World, ...] = ()) -> None:
+    """`between`: what may be seen meanwhile."""
     projection = Projection()
     for number in LOCAL:
         projection.set_endpoint(endpoint(number))
@@ -182,7 +185,7 @@ def watch(old: World, new: World, offset: int) -> None:
     for table, key, row in single_ops(first):
         kernel[table][key] = row
     projection.apply(difference(old.resources(), new.resources(offset)))
-    run_and_watch(projection, kernel, old, new)
+    run_and_watch(projection, kernel, old, new, between)
 
 
 @given(pods, policy_sets, policies, st.booleans(), st.integers(0, 9))
@@ -301,6 +304,49 @@ def test_a_relabelled_pod_is_never_both() -> None:
     changed = {**pods, 4: Pod(frozenset("b"))}
     rules = {"x": admin, "np": network}
     watch(World(pods, rules), World(changed, rules), 0)
+    # Nor while another pod of this node gets a policy.
+    pods[2] = changed[2] = Pod(frozenset("t"))
+    more = {**rules, "other": Policy("t", True, False)}
+    watch(World(pods, rules), World(changed, more), 0)
+
+
+def test_a_pod_that_loses_labels_is_never_something_else() -> None:
+    """Of its old class, which nobody is in any more, single rows must not be those of the new."""
+    guard = Policy(
+        "s", False, True, (
+            Rule(True, frozenset("a")),
+            Rule(True, frozenset("b"), (PortRange(TCP, 80, 80, ""),), Action.DENY),
+            Rule(True, frozenset("c")),
+        ), Tier.ADMIN,
+    )  # fmt: skip
+    closes = Policy("s", False, True, (Rule(True, None, action=Action.DENY),), Tier.BASELINE)
+    pods = {1: Pod(frozenset("s")), 2: Pod(frozenset("t")), 4: Pod(frozenset("abc"))}
+    pods |= {number: Pod(frozenset()) for number in (3, 5)}
+    changed = {**pods, 4: Pod(frozenset("c"))}
+    rules = {"x": guard, "y": closes}
+    more = {**rules, "other": Policy("t", True, False)}
+    watch(World(pods, rules), World(changed, more), 0)
+
+
+@given(
+    pods,
+    policy_sets,
+    network_policies,
+    st.sampled_from([n for n in PODS if n not in LOCAL]),
+    selectors,
+)
+@settings(max_examples=150, deadline=None)
+def test_a_relabelled_pod_and_a_new_policy_look_like_one_after_the_other(
+    pods: dict[int, Pod],
+    policies: dict[str, Policy],
+    policy: Policy,
+    moved: int,
+    labels: frozenset[str],
+) -> None:
+    changed = {**pods, moved: Pod(labels, pods[moved].ports)}
+    more = {**policies, "z": policy}
+    between = World(changed, policies), World(pods, more)
+    watch(World(pods, policies), World(changed, more), 0, between)
 
 
 @given(st.integers(0, 65535), st.integers(0, 65535))
