@@ -23,9 +23,13 @@ from support.worlds import (
     questions,
 )
 
+from weir.agent.judge import Flow
+from weir.agent.judge import judge as judged
+from weir.agent.model import DesiredMaps
 from weir.agent.plan import Plan, plan
 from weir.agent.ports import PortPrefix, prefixes
 from weir.agent.resources import Action, NamedPort, PortRange, Tier
+from weir.agent.routes import RouteFacts
 from weir.agent.rule_sets import DENY_ALL
 from weir.agent.tables import Projection
 
@@ -385,8 +389,14 @@ def test_a_local_pod_of_unknown_class_gets_nothing_through() -> None:
     projection.project()
     row = projection.table("endpoints").rows[address(1)]
     assert row.egress.rule_set == row.ingress.rule_set == DENY_ALL
-    assert not row.egress.levels
     assert not judge(projection).verdict(1, 2, TCP, 80)
+    # As a rule may deny it, not even its own node. That reaches the pod at any time.
+    flow = Flow(address(1), address(101), TCP, 6443)
+    projection.set_facts(RouteFacts("n1", (address(101),), (address(101),)))
+    projection.project()
+    assert not judged(DesiredMaps(projection), flow).passes
+    back = Flow(address(101), address(1), TCP, 80)
+    assert judged(DesiredMaps(projection), back).passes
 
 
 def test_a_pod_that_left_the_api_keeps_its_policy_until_it_is_unwired() -> None:
