@@ -193,6 +193,18 @@ async def test_restrictions_raise_the_generation_after_they_took_effect() -> Non
     assert bench.runtime.value == before + 1
 
 
+async def test_a_killed_agent_owes_a_generation() -> None:
+    """The maps were right already, but not all flows judged by them."""
+    bench = Bench()
+    await ready(bench)
+    before = bench.runtime.value
+    bench.reconciler = Reconciler(bench.projection, bench.tables, bench.runtime)
+    await bench.round()
+    assert bench.runtime.value == before + 1
+    await bench.round()
+    assert bench.runtime.value == before + 1
+
+
 async def test_pods_that_do_not_fit_are_refused_and_the_others_live() -> None:
     bench = Bench(endpoints=1)
     await ready(bench)

@@ -119,7 +119,8 @@ class Reconciler:
         self._done = 0
         self._finished = asyncio.Condition()
         self._resync_at = 0.0
-        self._bump_owed = False
+        # Who was killed between the maps and the generation left them right, and flows unjudged.
+        self._bump_owed = True
         self._features: int | None = None
         self._features_owed = False
         self.first_done = asyncio.Event()
