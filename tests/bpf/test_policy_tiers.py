@@ -231,6 +231,17 @@ def test_a_flow_to_the_own_node_is_judged_again(node: Node, net: Book) -> None:
     assert node.from_pod("a", packet).drops == {}
 
 
+def test_flows_of_an_earlier_version_to_the_own_node_are_judged(node: Node, net: Book) -> None:
+    """It had one flag for what a pod opens to its node and what the node opens to the pod."""
+    assert node.from_pod("a", net.ip(net.a, net.node) / syn()).code == TC_ACT_OK
+    [(key, entry)] = node.flows().items()
+    node.tables.ct.update({key: replace(entry, flags=entry.flags | 128)})
+    node.isolate(a_egress=ordered(node, admin(0, DENY, peer=CLASS_NODE)))
+    node.datapath.bump()
+    packet = net.ip(net.a, net.node) / TCP(sport=4000, dport=80, flags="A")
+    assert node.from_pod("a", packet).drops == {DropReason.POLICY_EGRESS: 1}
+
+
 def test_what_the_node_opens_is_never_judged(node: Node, net: Book) -> None:
     shut = ordered(node, admin(0, DENY, peer=0))
     node.isolate(a_egress=shut, a_ingress=shut)

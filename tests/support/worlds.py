@@ -202,6 +202,8 @@ class Judge:
     def _allows(self, isolation: records.Isolation, peer: int, protocol: int, port: int) -> bool:
         if not isolation.rule_set:
             return True
+        if isolation.levels & records.IsolationFlag.SHUT:
+            return False
         if not isolation.levels & records.IsolationFlag.ORDERED:
             return bool(self._hits(isolation, peer, protocol, port, 0))
         for tier in (records.PolicyLevel.ADMIN, 0):

@@ -148,7 +148,7 @@ def test_audit_is_of_what_some_policy_isolates() -> None:
 
 def test_a_pod_of_unknown_class_waits_in_audit_mode_too() -> None:
     row = fresh(World(), audit=True).table("endpoints").rows[address(1)]
-    assert row.ingress == Isolation(DENY_ALL, 0)
+    assert row.ingress == Isolation(DENY_ALL, IsolationFlag.ORDERED | IsolationFlag.SHUT)
 
 
 def test_audit_of_a_pod_outlives_its_object() -> None:

@@ -23,9 +23,13 @@ from support.worlds import (
     questions,
 )
 
+from weir.agent.judge import Flow
+from weir.agent.judge import judge as judged
+from weir.agent.model import DesiredMaps
 from weir.agent.plan import Plan, plan
 from weir.agent.ports import PortPrefix, prefixes
 from weir.agent.resources import Action, NamedPort, PortRange, Tier
+from weir.agent.routes import RouteFacts
 from weir.agent.rule_sets import DENY_ALL
 from weir.agent.tables import Projection
 
@@ -153,12 +157,14 @@ def single_ops(made: Any) -> Any:
             yield op.table, key, None
 
 
-def run_and_watch(projection: Projection, kernel: Rows, old: World, new: World) -> None:
+def run_and_watch(
+    projection: Projection, kernel: Rows, old: World, new: World, between: tuple[World, ...] = ()
+) -> None:
     made = made_plan(projection)
     watched = [
         (question, expected(old, question))
         for question in filter(involves_local, questions(PODS))
-        if expected(old, question) == expected(new, question)
+        if len({expected(world, question) for world in (old, new, *between)}) == 1
     ]
     seen = Judge(kernel["endpoints"], kernel["addresses"], kernel["policy"])
     for table, key, row in single_ops(made):
@@ -172,7 +178,8 @@ def run_and_watch(projection: Projection, kernel: Rows, old: World, new: World) 
         assert kernel[name] == dict(projection.table(name).rows), name
 
 
-def watch(old: World, new: World, offset: int) -> None:
+def watch(old: World, new: World, offset: int, between: tuple[World, ...] = ()) -> None:
+    """`between`: what may be seen meanwhile."""
     projection = Projection()
     for number in LOCAL:
         projection.set_endpoint(endpoint(number))
@@ -182,7 +189,7 @@ def watch(old: World, new: World, offset: int) -> None:
     for table, key, row in single_ops(first):
         kernel[table][key] = row
     projection.apply(difference(old.resources(), new.resources(offset)))
-    run_and_watch(projection, kernel, old, new)
+    run_and_watch(projection, kernel, old, new, between)
 
 
 @given(pods, policy_sets, policies, st.booleans(), st.integers(0, 9))
@@ -301,6 +308,49 @@ def test_a_relabelled_pod_is_never_both() -> None:
     changed = {**pods, 4: Pod(frozenset("b"))}
     rules = {"x": admin, "np": network}
     watch(World(pods, rules), World(changed, rules), 0)
+    # Nor while another pod of this node gets a policy.
+    pods[2] = changed[2] = Pod(frozenset("t"))
+    more = {**rules, "other": Policy("t", True, False)}
+    watch(World(pods, rules), World(changed, more), 0)
+
+
+def test_a_pod_that_loses_labels_is_never_something_else() -> None:
+    """Of its old class, which nobody is in any more, single rows must not be those of the new."""
+    guard = Policy(
+        "s", False, True, (
+            Rule(True, frozenset("a")),
+            Rule(True, frozenset("b"), (PortRange(TCP, 80, 80, ""),), Action.DENY),
+            Rule(True, frozenset("c")),
+        ), Tier.ADMIN,
+    )  # fmt: skip
+    closes = Policy("s", False, True, (Rule(True, None, action=Action.DENY),), Tier.BASELINE)
+    pods = {1: Pod(frozenset("s")), 2: Pod(frozenset("t")), 4: Pod(frozenset("abc"))}
+    pods |= {number: Pod(frozenset()) for number in (3, 5)}
+    changed = {**pods, 4: Pod(frozenset("c"))}
+    rules = {"x": guard, "y": closes}
+    more = {**rules, "other": Policy("t", True, False)}
+    watch(World(pods, rules), World(changed, more), 0)
+
+
+@given(
+    pods,
+    policy_sets,
+    network_policies,
+    st.sampled_from([n for n in PODS if n not in LOCAL]),
+    selectors,
+)
+@settings(max_examples=150, deadline=None)
+def test_a_relabelled_pod_and_a_new_policy_look_like_one_after_the_other(
+    pods: dict[int, Pod],
+    policies: dict[str, Policy],
+    policy: Policy,
+    moved: int,
+    labels: frozenset[str],
+) -> None:
+    changed = {**pods, moved: Pod(labels, pods[moved].ports)}
+    more = {**policies, "z": policy}
+    between = World(changed, policies), World(pods, more)
+    watch(World(pods, policies), World(changed, more), 0, between)
 
 
 @given(st.integers(0, 65535), st.integers(0, 65535))
@@ -339,8 +389,14 @@ def test_a_local_pod_of_unknown_class_gets_nothing_through() -> None:
     projection.project()
     row = projection.table("endpoints").rows[address(1)]
     assert row.egress.rule_set == row.ingress.rule_set == DENY_ALL
-    assert not row.egress.levels
     assert not judge(projection).verdict(1, 2, TCP, 80)
+    # As a rule may deny it, not even its own node. That reaches the pod at any time.
+    flow = Flow(address(1), address(101), TCP, 6443)
+    projection.set_facts(RouteFacts("n1", (address(101),), (address(101),)))
+    projection.project()
+    assert not judged(DesiredMaps(projection), flow).passes
+    back = Flow(address(101), address(1), TCP, 80)
+    assert judged(DesiredMaps(projection), back).passes
 
 
 def test_a_pod_that_left_the_api_keeps_its_policy_until_it_is_unwired() -> None:

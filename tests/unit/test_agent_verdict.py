@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -182,6 +184,10 @@ def test_a_pod_that_is_not_known_gets_nothing() -> None:
     question = Question(True, Party("ns/new", standing=Standing.UNKNOWN), PEER, TCP, 80)
     decision = verdict.decide([], question)
     assert (decision.allowed, decision.ground) == (False, Ground.UNKNOWN_SUBJECT)
+    # Its own node neither, which a rule may deny; that reaches it.
+    to_node = replace(question, peer=replace(PEER, own_node=True))
+    assert not verdict.decide([], to_node).allowed
+    assert verdict.decide([], replace(to_node, egress=False)).allowed
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ outcome.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ AnyTable = TableLike[Any, Any]
 @dataclass(slots=True)
 class Outcome:
     """`failed`: the group stopped there, the kernel is somewhere between old and new. `shut`:
-    ordered rule sets that lack a row which denies or passes, or a prefix for it."""
+    ordered rule sets that lack a row which denies or passes, or a prefix or node for it."""
 
     failed: DatapathError | None = None
     shut: set[int] = field(default_factory=set)
@@ -41,10 +41,10 @@ def apply_group(
     ops: Iterable[AnyOp],
     tables: Mapping[str, AnyTable],
     shut: Iterable[int] = (),
-    of_networks: Collection[int] = (),
+    relying_on: Callable[[str], Collection[int]] = lambda _: (),
 ) -> Outcome:
-    """`shut`: rule sets that lack such a row already. `of_networks`: those that do if a prefix
-    does not fit."""
+    """`shut`: rule sets that lack such a row already. `relying_on`: those that do if a prefix or a
+    node's address does not fit, by the table's name."""
     outcome = Outcome(shut=set(shut))
     for op in ops:
         table = tables[op.table]
@@ -62,8 +62,8 @@ def apply_group(
             if op.table == "policy":
                 short = {key.rule_set for key in left if denies_more(upserts[key])}
                 _shut(tables, short, outcome)
-            elif op.table == "prefixes" and left:
-                _shut(tables, of_networks, outcome)
+            elif misses(op.table, map(upserts.get, left)):
+                _shut(tables, relying_on(op.table), outcome)
             table.delete(op.deletes)
         except DatapathError as error:
             outcome.failed = error
@@ -92,6 +92,11 @@ def _write(table: AnyTable, rows: Mapping[Hashable, Any], outcome: Outcome) -> s
 def denies_more(row: records.PolicyVerdict) -> bool:
     """Whether something may pass without the row: so it is of an ordered rule set alone."""
     return row.verdict != records.Verdict.ALLOW
+
+
+def misses(table: str, left: Iterable[Any]) -> bool:
+    """Whether rules that deny may not know what they deny, without these rows."""
+    return any(table == "prefixes" or (table == "addresses" and row.flags) for row in left)
 
 
 def _shut(tables: Mapping[str, AnyTable], rule_sets: Iterable[int], outcome: Outcome) -> None:

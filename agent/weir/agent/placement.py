@@ -34,7 +34,9 @@ LOCAL_HOST = 1
 REMOTE_NODE = 2
 
 NO_POLICY = SubjectPolicy(records.Isolation(0, 0), records.Isolation(0, 0))
-NOTHING_PASSES = SubjectPolicy(records.Isolation(DENY_ALL, 0), records.Isolation(DENY_ALL, 0))
+# To its own node neither, as rules may deny that.
+_NOTHING = records.Isolation(DENY_ALL, records.IsolationFlag.ORDERED | records.IsolationFlag.SHUT)
+NOTHING_PASSES = SubjectPolicy(_NOTHING, _NOTHING)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,11 @@ Prefixes nest, so one that comes or goes moves addresses too: from the class of 
 around it, or to that. It comes in step 2, before wider ones do and those that are there change;
 it goes at the end of step 4, when it has the class that its addresses will have without it.
 
-The class that an address is in during step 3 (b, a ∪ b or a) gets copies of the rows of both a
-and b, of old rule sets and of new ones, as far as it lacks them, and loses them in step 5. Of two
-rows for one key the lower order stays, as for a class with both selectors.
+The class that an address is in during step 3 (b, a and b, or a) gets copies of rows as far as it
+lacks them, and loses them in step 5: of rule sets that go, the rows of a; of ordered ones that stay
+or come, those of b; of unions that stay both, as their rules may change in place. A class of both
+is nobody else's, so an ordered rule set finds in it what it found in a or what it will find in b,
+never the first of either tier's. A row that is there already stays if its order is the lower one.
 
 So a rule set finds in that class what it found in a, if it is old, and what it will find in b, if
 it is new, as long as nothing but the policies changed: of their selectors, one that a and b do not
@@ -228,7 +230,8 @@ class Moves:
         elif after <= before:
             number = old
         else:
-            number = self._numbers.acquire(before | after)
+            own = ClassContent(frozenset({f"from {old} to {new}"}), frozenset())
+            number = self._numbers.acquire(before | after | own)
             self.borrowed.append(number)
         self._between[old, new] = number
         return number
@@ -238,20 +241,30 @@ class Moves:
         policy: PolicyTables,
         changes: Mapping[records.PolicyKey, Change[records.PolicyVerdict]],
     ) -> dict[records.PolicyKey, records.PolicyVerdict]:
-        """Rows that a class in between lacks: those of both sides, of old and new rule sets."""
-        targets: dict[int, set[int]] = {}
+        """Rows that a class in between lacks: of which side, the module's text says."""
+        before: dict[int, set[int]] = {}
+        after: dict[int, set[int]] = {}
         for (old, new), between in self._between.items():
-            for source in {old, new} - {between}:
-                targets.setdefault(source, set()).add(between)
+            for side, number in ((before, old), (after, new)):
+                if number != between:
+                    side.setdefault(number, set()).add(between)
+
+        def targets(key: records.PolicyKey) -> set[int]:
+            rule_set = policy.rule_set(key.rule_set)
+            was, will_be = before.get(key.peer, set()), after.get(key.peer, set())
+            if rule_set is None:
+                return was
+            return will_be if rule_set.key.ordered else was | will_be
+
         copies: dict[records.PolicyKey, records.PolicyVerdict] = {}
-        if not targets:
-            return copies
         gone = ((key, change.old) for key, change in changes.items() if change.old is not None)
-        wanted = (row for source in targets for row in policy.rows_of_peer(source))
-        for key, verdict in chain(gone, wanted):
-            for number in targets.get(key.peer, ()):
+        sources = before.keys() | after.keys()
+        wanted = (row for source in sources for row in policy.rows_of_peer(source))
+        for key, verdict in chain(gone, wanted) if sources else ():
+            for number in targets(key):
                 copy = replace(key, peer=number)
-                if policy.rows.get(copy) is not None:
+                there = changes[copy].old if copy in changes else None
+                if policy.rows.get(copy) is not None or (there and there.order <= verdict.order):
                     continue
                 if copy not in copies or verdict.order <= copies[copy].order:
                     copies[copy] = verdict

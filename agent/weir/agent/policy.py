@@ -29,6 +29,9 @@ from weir.datapath.records import Verdict
 
 IP_BLOCK = "ipblock "
 """How the keys of selectors begin that are ipBlocks."""
+MISSED = {"prefixes": IP_BLOCK, "addresses": "nodes "}
+"""Likewise, of selectors that miss what they select if its row in a map is missing. A pod whose
+address is missing is known to be one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,14 +169,15 @@ class PolicyTables:
     def rule_set(self, number: int) -> RuleSet | None:
         return self._by_number.get(number)
 
-    def of_networks(self) -> set[int]:
-        """Rule sets in which a rule denies networks, or passes: they rely on prefixes."""
+    def relying_on(self, table: str) -> set[int]:
+        """Rule sets in which a rule denies, or passes, what is told by rows of `prefixes`
+        (networks) or `addresses` (nodes)."""
         return {
             rule_set.number
             for rule_set in self._rule_sets.values()
             if any(
                 rule.verdict != Verdict.ALLOW
-                and any(peer.startswith(IP_BLOCK) for peer in rule.peers or ())
+                and any(peer.startswith(MISSED[table]) for peer in rule.peers or ())
                 for rule in (rule_set.rules if rule_set.key.ordered else ())
             )
         }

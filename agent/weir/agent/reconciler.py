@@ -17,9 +17,10 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from weir.agent.apply import AnyTable, Outcome, apply_group, compare, denies_more, opened
+from weir.agent.apply import AnyTable, Outcome, apply_group, compare, denies_more, misses, opened
 from weir.agent.errors import Rejected
 from weir.agent.plan import plan
+from weir.agent.policy import MISSED
 from weir.agent.rows import Change
 from weir.agent.tables import Delta, Projection
 from weir.datapath.errors import DatapathError
@@ -118,7 +119,8 @@ class Reconciler:
         self._done = 0
         self._finished = asyncio.Condition()
         self._resync_at = 0.0
-        self._bump_owed = False
+        # Who was killed between the maps and the generation left them right, and flows unjudged.
+        self._bump_owed = True
         self._features: int | None = None
         self._features_owed = False
         self.first_done = asyncio.Event()
@@ -278,7 +280,7 @@ class Reconciler:
                     ops,
                     self.tables,
                     self._shut_by(untried),
-                    self.projection.policy.of_networks() if delta.prefixes else (),
+                    self.projection.policy.relying_on,
                 )
             self._account(group, outcome, delta)
         for number in made.borrowed:
@@ -341,7 +343,18 @@ class Reconciler:
         desired: Mapping[Any, Any] = policy.rows.rows
         rows = ((key, desired.get(key)) for key in rejected.get("policy", ()))
         shut = {key.rule_set for key, row in rows if row is not None and denies_more(row)}  # type: ignore[attr-defined]  # PolicyKey
-        return shut | policy.of_networks() if rejected.get("prefixes") else shut
+        for table in self.missed(rejected):
+            shut |= policy.relying_on(table)
+        return shut
+
+    def missed(self, rejected: Mapping[str, set[Hashable]]) -> list[str]:
+        """Tables for want of whose rows rules that deny may not know what they deny."""
+        found = []
+        for table in MISSED:
+            rows: Mapping[Any, Any] = self.projection.table(table).rows
+            if misses(table, (rows[key] for key in rejected.get(table, ()) if key in rows)):
+                found.append(table)
+        return found
 
     def _account_shut(self, health: Health, written: set[int]) -> None:
         now = self._shut_by(health.rejected)

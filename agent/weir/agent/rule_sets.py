@@ -25,7 +25,7 @@ from weir.datapath import records
 from weir.datapath.records import IsolationFlag, PolicyLevel, PolicyOrder, Verdict
 
 CLASS_ANY = 0
-# Rule set 1 has no rows and no levels: whoever is in it gets nothing through.
+# Rule set 1 has no rows: whoever is in it gets nothing through.
 DENY_ALL = 1
 FIRST_RULE_SET = 2
 # Orders of the Admin tier.

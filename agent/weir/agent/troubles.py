@@ -17,7 +17,8 @@ from weir.datapath import records
 from weir.datapath.records import Verdict
 
 NO_ROOM = "the policy map has no room for {} of its rows: {}; raise maps.policy"
-NO_PREFIXES = "the map of prefixes has no room for all networks: {}; raise maps.prefixes"
+MISSING = "the map of {0} has no room for all {1}: {2}; raise maps.{0}"
+OF = {"prefixes": "networks", "addresses": "nodes"}
 NOTHING_PASSES = "pods that it selects get nothing through"
 
 
@@ -27,12 +28,11 @@ class Listener(Protocol):
 
 def troubles(reconciler: Reconciler) -> dict[PolicyName, str]:
     """What to say of each policy that did not fit."""
-    rejected = reconciler.health["policy"].rejected.get("policy", ())
-    prefixes = reconciler.health["policy"].rejected.get("prefixes", ())
+    rejected = reconciler.health["policy"].rejected
     projection = reconciler.projection
     rows: Counter[PolicyName] = Counter()
     shut: set[PolicyName] = set()
-    for key in rejected:
+    for key in rejected.get("policy", ()):
         row = projection.policy.rows.get(key) if isinstance(key, records.PolicyKey) else None
         rule = projection.rule_numbers.key(row.rule) if row is not None else None
         if row is None or rule is None:
@@ -47,10 +47,11 @@ def troubles(reconciler: Reconciler) -> dict[PolicyName, str]:
         )
         for name, count in sorted(rows.items())
     }
-    for number in projection.policy.of_networks() if prefixes else ():
-        for name in projection.policy.policies_of(number):
-            if not name[0]:
-                found.setdefault(name, NO_PREFIXES.format(NOTHING_PASSES))
+    for table in reconciler.missed(rejected):
+        for number in projection.policy.relying_on(table):
+            for name in projection.policy.policies_of(number):
+                if not name[0]:
+                    found.setdefault(name, MISSING.format(table, OF[table], NOTHING_PASSES))
     return found
 
 

@@ -171,8 +171,7 @@ def decide(selecting: Iterable[Policy], question: Question) -> Decision:
     if peer.own_node and not question.egress:
         return Decision(True, Ground.OWN_NODE)
     if subject.standing is Standing.UNKNOWN:
-        allowed = peer.own_node
-        return Decision(allowed, Ground.OWN_NODE if allowed else Ground.UNKNOWN_SUBJECT)
+        return Decision(False, Ground.UNKNOWN_SUBJECT)
     speaking = (policy for policy in selecting if policy.rules(question.egress) is not None)
     about = tuple(sorted(speaking, key=lambda policy: policy.order))
     admin, isolating, baseline = (

@@ -126,9 +126,10 @@ enum ct_flag {
 	CT_RESET = 16,
 	CT_SERVICE = 32,		/* client to VIP: .nat_* is the chosen backend */
 	CT_REV_NAT = 64,		/* client to backend: replies get .nat_* (the VIP) as source */
-	CT_UNJUDGED = 128,		/* opened by this node itself: allowed by the spec, never judged */
 	CT_SNAT = 256,			/* with CT_SERVICE: the backend sees this node's address (`snat`) */
 	CT_DSR = 512,			/* with CT_SERVICE: the backend's node answers the client */
+	/* 128 was set on what a pod opens to its node, too; flows with it are judged. */
+	CT_UNJUDGED = 1024,		/* opened by this node itself: allowed by the spec, never judged */
 };
 
 enum event_kind {

@@ -113,9 +113,9 @@ class CtFlag(IntFlag):
     RESET = 16
     SERVICE = 32
     REV_NAT = 64
-    UNJUDGED = 128
     SNAT = 256
     DSR = 512
+    UNJUDGED = 1024
 
 
 class EventKind(IntEnum):

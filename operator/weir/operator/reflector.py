@@ -90,6 +90,7 @@ class Reflector(Generic[T]):
     _bad: dict[Key, tuple[Problem, ...]] = field(default_factory=dict)
     _barren: int = 0
     _absent: bool = False
+    _doubted: bool = False
 
     async def run(self) -> None:
         delay = self.timing.retry
@@ -123,11 +124,21 @@ class Reflector(Generic[T]):
             delay = min(delay * 2, self.timing.retry_most)
 
     async def _wait_for_kind(self, error: ApiError) -> None:
-        """There are no objects of a kind that there is not; it may come."""
-        if not self._absent:
+        """There are no objects of a kind that there is not; it may come. Of one that was there it
+        is asked once more: for a server's bad moment no policy must go out of force."""
+        self._version = ""
+        if self.objects and not self._doubted:
+            self._doubted = True
+            logger.warning("%s: %s; listing again", self.kind.name, error)
+            await asyncio.sleep(self.timing.retry * (0.5 + self.jitter()))
+            return
+        if self.objects:
+            count = len(self.objects)
+            logger.warning("%s: %d objects are not in force any more", self.kind.name, count)
+        elif not self._absent:
             logger.info("%s: none: %s", self.kind.name, error)
         self._absent = True
-        self._version = ""
+        self._doubted = False
         self._forget(keep=set())
         self.consumer.synced(self.kind.name)
         await asyncio.sleep(self.timing.retry_most * (0.5 + self.jitter()))
@@ -148,7 +159,7 @@ class Reflector(Generic[T]):
             query["continue"] = page.metadata.continue_
             await asyncio.sleep(0)  # others' turn: a page takes a while to digest
         self._forget(keep=found)
-        self._absent = False
+        self._absent = self._doubted = False
         self._version = page.metadata.resource_version
         if not self._version:
             raise ApiError(f"GET {self.kind.path}", 200, "the list has no resourceVersion")

@@ -328,3 +328,15 @@ async def test_a_kind_that_the_cluster_has_not_is_an_empty_one() -> None:
         w.api.drop_watches()
         await w.until(lambda: not w.seen.objects)
         await w.names("a")
+
+
+async def test_objects_outlive_one_answer_that_their_kind_is_not_there() -> None:
+    optional = Kind("Namespace", PATH, kinds.NAMESPACE.read, optional=True)
+    async with world(filled("a"), optional) as w:
+        await w.names("a")
+        await w.watching()
+        told = len(w.seen.reports)
+        w.api.faults.watches.append(404)
+        w.api.drop_watches()
+        await w.until(lambda: w.seen.lists == 2)
+        assert len(w.seen.reports) == told
