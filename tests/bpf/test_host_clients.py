@@ -94,6 +94,7 @@ def test_host_is_told_that_the_hop_limit_ended(node: Node, net: Book) -> None:
     assert bytes(out.frame[error].payload).startswith(bytes(sent)[:28])
 
 
+@pytest.mark.forwarded
 def test_what_is_forwarded_is_not_the_hosts(node: Node, net: Book) -> None:
     node.service(6, 80, (net.b, 8080))
     frame = Ether(src=GATEWAY_MAC, dst=PEER_MAC) / net.ip(net.world, net.vip) / TCP(dport=80)
