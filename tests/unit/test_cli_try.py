@@ -22,11 +22,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from support import spec_oracle
 from support.spec_oracle import EGRESS, INGRESS
 
+from weir.agent.judge import Flow
 from weir.api.address import parse, text
 from weir.cli import attempt, cluster, denials, forecast
 from weir.cli.cluster import Objects
 from weir.cli.errors import CliError
-from weir.cli.forecast import Flow
 from weir.cli.main import parser
 from weir.cli.source import Answer, Kubectl, Question, Show
 from weir.operator.objects import Key

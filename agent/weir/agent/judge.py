@@ -42,7 +42,7 @@ class Maps(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """Seen from its opener. port: of the destination."""
+    """Seen from its opener. port: of the destination, 0 with ICMP."""
 
     source: Addr
     destination: Addr

@@ -17,11 +17,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from weir.agent.judge import Flow
 from weir.agent.verdict import PROTOCOLS
 from weir.api.address import Addr, parse, text
 from weir.cli import cluster, denials, forecast
 from weir.cli.errors import CliError
-from weir.cli.forecast import Changed, Cluster, Flow
+from weir.cli.forecast import Changed, Cluster
 from weir.cli.render import table
 from weir.cli.source import Kubectl, Question, Source
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from weir.agent import resources, verdict
+from weir.agent.judge import Flow
 from weir.agent.model import Model
 from weir.agent.resources import Resource, parse
 from weir.agent.tables import Projection
@@ -19,16 +20,6 @@ from weir.api.address import Addr, text
 from weir.cli.cluster import Objects
 from weir.operator.compiler import Compiler
 from weir.operator.objects import Pod
-
-
-@dataclass(frozen=True, slots=True)
-class Flow:
-    """One that was seen, as it was opened; port: of the destination, 0 with ICMP."""
-
-    source: Addr
-    destination: Addr
-    protocol: int
-    port: int
 
 
 @dataclass(frozen=True, slots=True)
