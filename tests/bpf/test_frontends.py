@@ -159,6 +159,48 @@ def test_backend_on_this_node_itself(node: Node, net: Book, proto: str) -> None:
     assert node.leaves(other).packet[14:] == bytes(other)
 
 
+@PROTOCOLS
+def test_a_port_that_asked_a_frontend_asks_the_pod_itself(
+    node: Node, net: Book, proto: str
+) -> None:
+    """As clients do whose sockets choose the backend: answers come from what was asked last."""
+    node.service(NUMBER[proto], 80, (net.b, 8080), at=net.node)
+    answer = net.ip(net.b, net.world) / segment(proto, 8080, 4000, "SA")
+
+    def answers_from() -> tuple[str, int]:
+        frame = node.from_pod("b", answer).frame
+        return frame[1].src, frame.sport
+
+    node.arrives(net.ip(net.world, net.node) / segment(proto, 4000, 80))
+    assert answers_from() == (net.node, 80)
+    node.arrives(net.ip(net.world, net.b) / segment(proto, 4000, 8080))
+    assert answers_from() == (net.b, 8080)
+    node.arrives(net.ip(net.world, net.node) / segment(proto, 4000, 80))
+    assert answers_from() == (net.node, 80)
+    if proto == "tcp":  # what opens nothing takes nothing over
+        node.arrives(net.ip(net.world, net.b) / segment(proto, 4000, 8080, "A"))
+        assert answers_from() == (net.node, 80)
+    node.isolate(b_ingress=CLOSED)
+    out = node.arrives(net.ip(net.world, net.b) / segment(proto, 4000, 8080))
+    assert out.drops == {DropReason.POLICY_INGRESS: 1}
+
+
+@PROTOCOLS
+def test_a_port_that_asked_a_frontend_asks_the_host_itself(
+    node: Node, net: Book, proto: str
+) -> None:
+    node.service(NUMBER[proto], 80, (net.node, 8080))
+    node.datapath.set_features(RuntimeFeature.HOST_BACKENDS)
+    answer = net.ip(net.node, net.world) / segment(proto, 8080, 4000, "SA")
+    node.arrives(net.ip(net.world, net.vip) / segment(proto, 4000, 80))
+    assert node.leaves(answer).frame[1].src == net.vip
+    out = node.arrives(net.ip(net.world, net.node) / segment(proto, 4000, 8080))
+    assert (out.code, out.drops) == (TC_ACT_OK, {})
+    assert node.leaves(answer).packet[14:] == bytes(answer)
+    node.arrives(net.ip(net.world, net.vip) / segment(proto, 4000, 80))
+    assert node.leaves(answer).frame[1].src == net.vip
+
+
 @pytest.mark.parametrize("flags", ["S", "A"])
 def test_no_backend_is_refused_on_the_wire(node: Node, net: Book, flags: str) -> None:
     node.service(6, 80)

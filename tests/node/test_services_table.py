@@ -29,6 +29,7 @@ from support.timing import SCALE
 
 ANSWER_SECONDS = 8.0 * SCALE
 SILENCE_SECONDS = 1.0 * SCALE
+SOURCE_PORT = 20000
 POD_BACKENDS = (Backend.SELF, Backend.NEAR, Backend.FAR)
 
 
@@ -70,7 +71,9 @@ def wrong(world: ServiceWorld, case: Case, expected: Expected, outcome: Outcome)
     return f"seen as {outcome.source}, not {seen}" if seen not in {"", outcome.source} else ""
 
 
-def failures(world: ServiceWorld, client: Client, wanted: list[Case]) -> list[tuple[str, str]]:
+def failures(
+    world: ServiceWorld, client: Client, wanted: list[Case], source_port: int = 0
+) -> list[tuple[str, str]]:
     """(what is wrong, in which family and protocol) of each case that is."""
     expected = [expect(case, world.ways.dsr) for case in wanted]
     probes = [
@@ -78,6 +81,7 @@ def failures(world: ServiceWorld, client: Client, wanted: list[Case]) -> list[tu
             case.protocol,
             *world.target(case),
             SILENCE_SECONDS if one.answer == DROPPED else ANSWER_SECONDS,
+            source_port,
         )
         for case, one in zip(wanted, expected, strict=True)
     ]
@@ -108,3 +112,15 @@ def test_every_client_of_every_backend(world: ServiceWorld, kind: Kind) -> None:
         )
         found = [problem for problems in lists for problem in problems]
     assert not found, f"{len(found)} of {len(wanted)} cases:\n" + summary(found)
+
+
+@pytest.mark.parametrize("backend", [Backend.NEAR, Backend.NEAR_HOST])
+def test_one_port_asks_in_every_way(world: ServiceWorld, backend: Backend) -> None:
+    """One after the other: some choose the backend in the client's socket, others on the way, and
+    to the backend they are one flow. What it answers comes from whom that client asked last."""
+    kinds = [kind for kind in Kind if kind is not Kind.HOST_PORT]
+    for client, family, kind in itertools.product(Client, (4, 6), (*kinds, *kinds)):
+        case = Case(kind, True, family, "udp", client, backend)
+        if expect(case, world.ways.dsr).answer == REACHED:
+            found = failures(world, client, [case], SOURCE_PORT)
+            assert not found, summary(found)

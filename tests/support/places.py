@@ -29,12 +29,14 @@ LINE = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One TCP connection or UDP round trip. seconds: until silence counts as an answer."""
+    """One TCP connection or UDP round trip. seconds: until silence counts as an answer.
+    source_port: the client's, 0 for any."""
 
     protocol: str
     address: str
     port: int
     seconds: float
+    source_port: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,8 @@ async def _exchange(probe: Probe) -> bytes:
     loop = asyncio.get_running_loop()
     with socket.socket(family, kind) as client:
         client.setblocking(False)
+        if probe.source_port:
+            client.bind(("", probe.source_port))
         await loop.sock_connect(client, (probe.address, probe.port))
         if kind == socket.SOCK_DGRAM:
             await loop.sock_sendall(client, b"?")

@@ -161,13 +161,35 @@ static __always_inline int ct_record(const struct packet *packet, __u32 generati
 	return ct_create(packet, &entry);
 }
 
+/* Whether the packet can be a flow's first. Datagrams with IPv4 options are left out: direct return
+ * finds no room beside those, and does not say again what they are for. */
+static __always_inline bool ct_may_open(const struct packet *packet)
+{
+	if (packet->quoted_l3_offset || packet->fragment == FRAGMENT_LATER)
+		return false;
+	if (is_connection(packet))
+		return tcp_opens(packet);
+	return packet->ipv6 || packet->l4_offset == ETH_HLEN + sizeof(struct iphdr);
+}
+
+/* Whether what the packet opens is not what the entry remembers: its client asked for a VIP then,
+ * and for the backend's own address now. */
+static __always_inline bool ct_is_asked_past_vip(const struct packet *packet,
+						 const struct ct_entry *entry)
+{
+	return (entry->flags & CT_REV_NAT) && ct_from_origin(packet, entry->flags) &&
+	       ct_may_open(packet);
+}
+
 /* The entry that is the flow's own. One client's port may have come to the backend before, by its
  * own address or by another VIP, whose entry lives on: the later flow takes it over, for the
- * answers are to come from the VIP that it knows. */
+ * answers are to come from the address that it knows. */
 static __always_inline struct ct_entry *ct_own(const struct packet *packet, struct ct_entry *entry)
 {
-	if (!entry || !packet->service)
-		return entry;
+	if (!entry)
+		return NULL;
+	if (!packet->service)
+		return ct_is_asked_past_vip(packet, entry) ? NULL : entry;
 	if (!(entry->flags & CT_REV_NAT) || entry->nat_port != packet->vip_port ||
 	    !address_equal(&entry->nat_address, &packet->vip))
 		return NULL;

@@ -215,6 +215,20 @@ static __always_inline int frontend_forward(struct __sk_buff *ctx, struct packet
 	return verdict;
 }
 
+/* Of who reached the host's own socket by a VIP before, and by its own address now: the answers
+ * are not to come from the VIP any more (as ct_own() says of pods). */
+static __always_inline void frontend_forget_vip(struct packet *packet)
+{
+	if (!runtime_has(RUNTIME_HOST_BACKENDS) || !ct_may_open(packet))
+		return;
+	ct_make_key(packet);
+
+	const struct ct_entry *entry = bpf_map_lookup_elem(&ct, &packet->ct_key);
+
+	if (entry && ct_is_asked_past_vip(packet, entry))
+		bpf_map_delete_elem(&ct, &packet->ct_key);
+}
+
 /* What came in: for a pod, a service, a client of one, or the host, which is TC_ACT_OK. */
 static __always_inline int frontend_receive(struct __sk_buff *ctx, struct packet *packet)
 {
@@ -242,8 +256,11 @@ static __always_inline int frontend_receive(struct __sk_buff *ctx, struct packet
 	if (!returns && !packet->service) {
 		if (arrive_is_stray(packet))
 			return drop(ctx, packet, DROP_NO_ENDPOINT);
-		return dsr_is_forged(ctx, packet) ? drop(ctx, packet, DROP_SPOOFED_SOURCE) :
-						    TC_ACT_OK;
+		if (dsr_is_forged(ctx, packet))
+			return drop(ctx, packet, DROP_SPOOFED_SOURCE);
+		if (!fragment)
+			frontend_forget_vip(packet);
+		return TC_ACT_OK;
 	}
 	return frontend_forward(ctx, packet, returns);
 }
