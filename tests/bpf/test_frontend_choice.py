@@ -13,6 +13,7 @@ from scapy.layers.inet import TCP
 from support.datapaths import Datapaths
 from support.packet_node import Book, Node, World
 from support.packets import TC_ACT_REDIRECT, TC_ACT_SHOT
+from support.timing import SCALE
 
 from weir.api.address import parse
 from weir.datapath.records import (
@@ -108,14 +109,13 @@ def test_maglev_is_the_same_again(maglev: tuple[Node, list[int]], net: Book) -> 
 def test_maglev_reads_every_slot(maglev: tuple[Node, list[int]], net: Book) -> None:
     """Flows cover the table: with one entry changed, only its flows move."""
     node, table = maglev
-    first = [ask(node, net, sport) for sport in range(1, 400)]
+    ports = range(1, 400 if SCALE == 1 else 100)
+    first = [ask(node, net, sport) for sport in ports]
     node.tables.ct.delete([key for key, _ in node.tables.ct.items()])
     half = [(slot + 1) % SLOTS if at < TABLE_SIZE // 2 else slot for at, slot in enumerate(table)]
     write(node, 1, half)
-    moved = sum(
-        before != ask(node, net, sport) for before, sport in zip(first, range(1, 400), strict=True)
-    )
-    assert 150 < moved < 250
+    moved = sum(before != ask(node, net, sport) for before, sport in zip(first, ports, strict=True))
+    assert 3 / 8 < moved / len(ports) < 5 / 8
 
 
 def test_without_a_table_any_backend_will_do(maglev: tuple[Node, list[int]], net: Book) -> None:

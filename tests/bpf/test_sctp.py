@@ -4,7 +4,6 @@ refusals, fragments, policy."""
 
 from __future__ import annotations
 
-import os
 import random
 import time
 
@@ -396,10 +395,11 @@ def test_cost_of_another_port(node: Node, net: Book, length: int) -> None:
         # A run sees what the last one left: translated, with the pod's address.
         best[name] = time_of_translation(node, frame)
     print(f"IPv{net.family}, {length} bytes:", best)
-    if "WEIR_TIME_SCALE" not in os.environ:  # an emulated CPU says nothing about time
+    if SCALE == 1:  # an emulated CPU says nothing about time
         assert best["SCTP, another port"] <= best["UDP, another port"] + 800
 
 
 def time_of_translation(node: Node, frame: bytes) -> int:
     """Nanoseconds of one run on a fresh packet, the best of many."""
-    return min(node.run("from_pod", "pa", frame).duration_ns for _ in range(2000))
+    runs = 2000 if SCALE == 1 else 20
+    return min(node.run("from_pod", "pa", frame).duration_ns for _ in range(runs))

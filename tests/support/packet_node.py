@@ -12,6 +12,7 @@ are real; packets only pass through BPF_PROG_TEST_RUN.
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,7 @@ from weir.datapath.records import (
     Verdict,
 )
 
+DEVICES = ("pa", "pb", "ul", "ov")
 KERNEL = tuple(map(int, os.uname().release.split(".")[:2]))
 # The first whose test run of XDP takes the interface by which a packet came.
 XDP_INGRESS_KERNEL = (5, 15)
@@ -111,11 +113,11 @@ BOOKS = {
 
 
 class World:
-    """Devices of the tested node."""
+    """Devices of the tested node. `index`: of each by its name."""
 
     def __init__(self) -> None:
         self.ns = NetNs()
-        for name in ("pa", "pb", "ul", "ov"):
+        for name in DEVICES:
             self.ns.run("ip", "link", "add", name, "type", "veth", "peer", "name", f"{name}-peer")
             self.ns.run("ip", "link", "set", "dev", f"{name}-peer", "up")
             self.ns.run("ip", "link", "set", "dev", name, "up")
@@ -130,9 +132,8 @@ class World:
             self.ns.run("ip", f"-{book.family}", "route", "add", "default", "via", gateway)
             neighbour = [gateway, "lladdr", PEER_MAC, "dev", "ul"]
             self.ns.run("ip", f"-{book.family}", "neigh", "add", *neighbour)
-
-    def ifindex(self, name: str) -> int:
-        return int(self.ns.run("ip", "-o", "link", "show", name).split(":")[0])
+        with self.ns.entered():
+            self.index = {name: socket.if_nametoindex(name) for name in DEVICES}
 
 
 def cidr(text: tuple[str, int], family: int) -> PrefixKey:
@@ -165,7 +166,7 @@ class Node:
         self.tables = datapath.tables
         self.world = world
         self.book = book
-        self.index = {name: world.ifindex(name) for name in ("pa", "pb", "ul", "ov")}
+        self.index = world.index
         self.isolate()
         self.tables.addresses.update({
             parse(book.a): Address(CLASS_A),
