@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from e2e.suite.arena import cluster_policy
+from e2e.suite.cli import weir
 from e2e.suite.kubectl import Manifest, eventually
 from e2e.suite.policies import PROPAGATION_S, Target, policy, targets
 from e2e.suite.probes import Flow, Probe
@@ -22,6 +23,8 @@ KINDS = ("NetworkPolicy", "ClusterNetworkPolicy")
 OPEN, CLOSED = MORE_TCP[0], MORE_TCP[3]  # by both states, by neither
 HAMMER_S = float(os.environ.get("HAMMER_S") or 6)
 STALL_MS = 900  # as in test_resilience: a lost SYN is sent again after a second
+# Of what no policy denied: a busy machine loses a datagram, and one SYN of a connection.
+LOST_ALONE, SLOW_MS = 1, 2500
 INTERVAL_S = 0.05
 FLIPS_A_MINUTE = 1000
 PROMPT_S = 1.0
@@ -104,6 +107,7 @@ class Load:
         self.wanted: list[tuple[Probe, Target, bool]] = []
         self.allowed: list[Flow] = []
         self.denied: list[Flow] = []
+        self.began = 0.0
 
     def allow(self, client: str, servers: tuple[str, ...], *ports: int) -> None:
         """New connections and living ones; UDP has its own way of being lost."""
@@ -130,6 +134,7 @@ class Load:
 
         with ThreadPoolExecutor(16) as pool:
             list(pool.map(wait, self.wanted))
+        self.began = time.time()
         for probe, (protocol, host, port), allowed in self.wanted:
             if allowed:
                 kinds = ("udp",) if protocol == "udp" else ("tcp", "connect")
@@ -144,10 +149,13 @@ class Load:
     def finish(self) -> None:
         results = self.stop()
         count = len(self.allowed)
+        pairs = list(zip(self.allowed, results[:count], strict=True))
+        disturbed = [pair for pair in pairs if is_disturbed(pair[1], 0, STALL_MS)]
+        denied = self.denied_meanwhile() if disturbed else set()
         failed = [
             f"{flow.probe} {flow.name}: {stats}"
-            for flow, stats in zip(self.allowed, results[:count], strict=True)
-            if stats["errors"] or stats.get("lost") or stats.get("max_ms", 0) > STALL_MS
+            for flow, stats in disturbed
+            if of_flow(flow) in denied or is_disturbed(stats, LOST_ALONE, SLOW_MS)
         ]
         passed = [
             f"{flow.probe} {flow.name}: {stats}"
@@ -159,11 +167,33 @@ class Load:
         busy = [s["received"] for s in results[:count]] + [s["sent"] for s in results[count:]]
         assert min(busy) > 10, results
 
+    def denied_meanwhile(self) -> set[tuple[str, str, int]]:
+        """What the nodes say that policies denied since the start, as of_flow() has it: what was
+        lost or late is theirs, or comes of a machine too busy to answer in time."""
+        _, answers = weir(self.cluster, "denials")
+        return {
+            (row["source"]["pod"], row["destination"]["address"], row["destination"]["port"])
+            for answer in answers
+            for row in answer["data"]
+            if row["last_seen"] > self.began
+        }
+
     def stop(self) -> list[Manifest]:
         """The figures, first of what is allowed."""
         flows = self.allowed + self.denied
         with ThreadPoolExecutor(len(flows)) as pool:
             return list(pool.map(Flow.stop, flows))
+
+
+def is_disturbed(stats: Manifest, lost: int, stall_ms: float) -> bool:
+    """More than that was lost, or took longer."""
+    too_late = stats.get("max_ms", 0) > stall_ms
+    return bool(stats["errors"]) or len(stats.get("lost", [])) > lost or too_late
+
+
+def of_flow(flow: Flow) -> tuple[str, str, int]:
+    """Its pod, and the address and port it goes to."""
+    return f"{flow.probe.namespace}/{flow.probe.name}", flow.host, flow.port
 
 
 @contextmanager

@@ -63,6 +63,8 @@ class Flow:
 
     probe: Probe
     name: str
+    host: str
+    port: int
 
     def read(self) -> dict[str, Any]:
         stats: dict[str, Any] = self.probe.call("read", flow=self.name)
@@ -143,7 +145,7 @@ class Probe:
     def flow(self, kind: str, host: str, port: int, interval: float = 0.01) -> Flow:
         name = f"{kind}-{next(_numbers)}"
         self.call("start", flow=name, kind=kind, host=host, port=port, interval=interval)
-        return Flow(self, name)
+        return Flow(self, name, host, port)
 
     def close(self) -> None:
         if self._channel is not None:

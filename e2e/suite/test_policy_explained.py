@@ -4,35 +4,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from e2e.suite.cli import weir
 from e2e.suite.conftest import Objects
-from e2e.suite.kubectl import Manifest, eventually, kubeconfig, program
+from e2e.suite.kubectl import Manifest, eventually
 from e2e.suite.policies import PROPAGATION_S, block, matrix, pods, policy, port, spaces, targets
 from e2e.suite.probes import Probe
 from e2e.suite.world import MORE_TCP, TCP, World
 
 WEB = {"app": "web"}
 FIRST, SECOND, *_ = MORE_TCP
-
-
-def weir(cluster: World, *words: str) -> tuple[int, Any]:
-    """The exit code of a `weir policy` command from outside, and its JSON."""
-    folder = str(Path(program("kubectl")).parent)
-    done = subprocess.run(
-        [sys.executable, "-m", "weir.cli.main", "policy", *words, "-o", "json",
-         f"--kubeconfig={kubeconfig()}", f"--namespace={cluster.weir}"],
-        env={**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"},
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert done.stdout, done.stderr
-    return done.returncode, json.loads(done.stdout)
 
 
 def until(client: Probe, host: str, number: int, want: str) -> None:
