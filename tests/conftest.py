@@ -10,9 +10,26 @@ from contextlib import ExitStack
 import pytest
 from support import namespaces
 from support.datapaths import Datapaths
+from support.kernel import KERNEL, XDP_INGRESS_KERNEL
 
 from weir.datapath.datapath import Datapath
 from weir.datapath.settings import Settings
+
+# Marker → the first kernel that has what its tests need; pyproject.toml says what that is.
+FIRST_KERNEL = {
+    "forwarded": (5, 12),
+    "netns_cookies": (5, 14),
+    "xdp_sends": XDP_INGRESS_KERNEL,
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    missing = [name for name, first in FIRST_KERNEL.items() if first > KERNEL]
+    chosen = [item for item in items if not any(map(item.get_closest_marker, missing))]
+    if len(chosen) == len(items):
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 @pytest.fixture(scope="session")

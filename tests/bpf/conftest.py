@@ -7,23 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 from support.datapaths import Datapaths
-from support.packet_node import BOOKS, KERNEL, XDP_INGRESS_KERNEL, Book, Node, World
+from support.packet_node import BOOKS, Book, Node, World
 
 from weir.api.address import parse
 from weir.datapath.settings import Settings
-
-# Marker → the first kernel whose test run takes the interface by which a packet came.
-INGRESS_KERNEL = {"forwarded": (5, 12), "xdp_sends": XDP_INGRESS_KERNEL}
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Earlier kernels show by the node ring's traffic what these tests show here."""
-    missing = [name for name, first in INGRESS_KERNEL.items() if first > KERNEL]
-    chosen = [item for item in items if not any(map(item.get_closest_marker, missing))]
-    if len(chosen) == len(items):
-        return
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
 
 
 @pytest.fixture(params=[4, 6], ids=["v4", "v6"])

@@ -13,7 +13,8 @@ from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrFragment
 from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.packet import Packet, Raw
-from support.packet_node import GATEWAY_MAC, KERNEL, PEER_MAC, XDP_INGRESS_KERNEL, Book, Node, cidr
+from support.kernel import KERNEL, XDP_INGRESS_KERNEL
+from support.packet_node import GATEWAY_MAC, PEER_MAC, Book, Node, cidr
 from support.packets import TC_ACT_OK, TC_ACT_SHOT, XDP_DROP, XDP_PASS, assert_packet
 
 from weir.api.address import parse

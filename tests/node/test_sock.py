@@ -278,10 +278,7 @@ SO_NETNS_COOKIE = 71
 
 def cookie_of(ns: NetNs) -> int:
     with ns.entered(), socket.socket() as made:
-        try:
-            found = made.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
-        except OSError:
-            pytest.skip("this kernel does not tell a namespace's cookie (before 5.14)")
+        found = made.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
     return int.from_bytes(found, sys.byteorder)
 
 
@@ -302,6 +299,7 @@ def is_pod(box: Box) -> None:
     box.datapath.tables.netns_addresses.update({cookie_of(box.ns): addresses})
 
 
+@pytest.mark.netns_cookies
 @FAMILIES
 def test_affinity(box: Box, family: str) -> None:
     """By the pod's address, which packets know it by too."""
@@ -315,6 +313,7 @@ def test_affinity(box: Box, family: str) -> None:
     assert set(box.run(family, serve_and(CONNECT))) == {"8003"}
 
 
+@pytest.mark.netns_cookies
 @FAMILIES
 def test_source_ranges(box: Box, family: str) -> None:
     """What is not allowed goes out as it is, to be dropped with a reason."""
@@ -334,6 +333,7 @@ def test_unknown_clients_are_left_to_the_packets(box: Box, family: str) -> None:
 NODE = {"4": "192.0.2.1", "6": "2001:db8::1"}
 
 
+@pytest.mark.netns_cookies
 @pytest.mark.parametrize("family", ["4", "6"])
 def test_node_ports_on_the_loopback_address(
     box: Box, installed: tuple[Datapath, Path], family: str

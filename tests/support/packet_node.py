@@ -11,7 +11,6 @@ are real; packets only pass through BPF_PROG_TEST_RUN.
 
 from __future__ import annotations
 
-import os
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from scapy.layers.inet6 import ICMPv6EchoReply, ICMPv6EchoRequest, IPv6
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 
+from support.kernel import KERNEL, XDP_INGRESS_KERNEL
 from support.namespaces import NetNs
 from weir.api.address import Addr, parse
 from weir.datapath import libbpf
@@ -48,9 +48,6 @@ from weir.datapath.records import (
 )
 
 DEVICES = ("pa", "pb", "ul", "ov")
-KERNEL = tuple(map(int, os.uname().release.split(".")[:2]))
-# The first whose test run of XDP takes the interface by which a packet came.
-XDP_INGRESS_KERNEL = (5, 15)
 GATEWAY_MAC = "02:00:00:00:00:01"
 PEER_MAC = "02:00:00:00:00:02"
 POD_MACS = {"a": "02:00:00:00:01:0a", "b": "02:00:00:00:01:0b"}
