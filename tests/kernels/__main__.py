@@ -59,7 +59,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="kernels", description=__doc__)
     parser.add_argument("series", nargs="?", default="", help="for example 6.1,6.12, or all")
     parser.add_argument("--steps", default=",".join(STEPS), help="of load, bpf, node, sctp")
-    parser.add_argument("--timeout", type=float, default=2400.0, help="seconds a kernel")
+    parser.add_argument("--timeout", type=float, default=2700.0, help="seconds a kernel")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     steps = arguments.steps.split(",")
