@@ -73,9 +73,11 @@ class Probe:
 
     def __init__(self, target: load.Target) -> None:
         arguments = load.probe_arguments(PROBE_S, GAP_MS, target)
-        command = cluster.kubectl_command("exec", "-n", cluster.NAMESPACE, "client", "--",
+        command = cluster.kubectl_command("exec", "-i", "-n", cluster.NAMESPACE, "client", "--",
                                           "/tmp/load", *arguments)  # fmt: skip
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._answered: list[int] = []
         self._news = threading.Condition()
         threading.Thread(target=self._read, daemon=True).start()
@@ -115,8 +117,9 @@ class Probe:
         return found
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(EFFECT_S)
 
 
 def put(path: Path, client: str) -> int:

@@ -14,7 +14,7 @@
  * errors in it is no rate. A probe sends a datagram each GAP_MS, each from a socket of its own, so
  * that it is a new flow, and prints for each that is answered when it was sent, in nanoseconds of
  * CLOCK_MONOTONIC, which is the machine's. Ports are used in turn: a flow that is remembered for
- * half a minute is forgotten when its port comes round.
+ * half a minute is forgotten when its port comes round. A probe ends when its input does.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -393,6 +393,10 @@ static void probe(char **arguments)
 	int poll = check(epoll_create1(EPOLL_CLOEXEC), "epoll_create1");
 	int fds[PROBES];
 
+	/* Who asked ends this by closing its input: its own end is not told to what runs in a pod. */
+	struct epoll_event input = { .events = EPOLLIN, .data.u32 = PROBES };
+
+	check(epoll_ctl(poll, EPOLL_CTL_ADD, STDIN_FILENO, &input), "epoll_ctl of the input");
 	memset(fds, -1, sizeof(fds));
 	enter(target.netns);
 	for (unsigned int turn = 0; now() < end;) {
@@ -400,6 +404,8 @@ static void probe(char **arguments)
 		int n = epoll_wait(poll, events, 64, now() < next ? 1 : 0);
 
 		for (int i = 0; i < n; i++) {
+			if (events[i].data.u32 == PROBES)
+				return;
 			int *fd = &fds[events[i].data.u32];
 			uint64_t sent;
 
