@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from e2e.cluster.paths import SETTINGS
-from e2e.cluster.settings import IPV4, IPV6, Cni, Network, load_settings
+from e2e.cluster.settings import IPV6, Cni, Network, load_settings
 from e2e.conformance.target import Target
 
 _NAME = "conformance"
@@ -25,15 +25,15 @@ def _block(network: Network) -> dict[str, str]:
 @contextmanager
 def pool(where: Target) -> Iterator[None]:
     """A LoadBalancerPool for as long as this lasts, if the cluster is the local one with Weir."""
-    if not where.local or load_settings(SETTINGS).cni is not Cni.WEIR:
+    settings = load_settings(SETTINGS) if where.local else None
+    if settings is None or settings.cni is not Cni.WEIR:
         yield
         return
-    families = load_settings(SETTINGS).networks
     made = {
         "apiVersion": "weir.dev/v1alpha1",
         "kind": "LoadBalancerPool",
         "metadata": {"name": _NAME},
-        "spec": {"blocks": [_block(network) for network in (IPV4, IPV6) if network in families]},
+        "spec": {"blocks": [_block(network) for network in settings.networks]},
     }
     where.kubectl("apply", "--filename=-", text=json.dumps(made))
     try:

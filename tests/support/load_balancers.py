@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builders of pools and of Services of type LoadBalancer, as the operator reads them."""
+"""Builders of pools and of Services of type LoadBalancer, as the operator reads them, and who
+listens behind what decides about them."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 import msgspec
 
 from weir.operator.balancers import WireBalancer, Wish, parse_balancer
+from weir.operator.objects import Key, Problem
 from weir.operator.pools import Pool, WirePool, parse_pool
 
 OUR_CLASS = "weir.dev/load-balancer"
@@ -61,3 +63,16 @@ def service(name: str, namespace: str = "shop", created: int = 0, **fields: Any)
     balancer = parse_balancer(msgspec.convert(raw, WireBalancer), OUR_CLASS, True).value
     assert balancer is not None
     return balancer.wish
+
+
+class Nobody:
+    """The consumer after the one that is tested."""
+
+    def changed(self, kind: str, key: Key, old: object | None, new: object | None) -> None:
+        pass
+
+    def problems(self, kind: str, key: Key, problems: tuple[Problem, ...]) -> None:
+        pass
+
+    def synced(self, kind: str) -> None:
+        pass

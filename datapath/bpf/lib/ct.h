@@ -169,7 +169,7 @@ static __always_inline bool ct_may_open(const struct packet *packet)
 		return false;
 	if (is_connection(packet))
 		return tcp_opens(packet);
-	return packet->ipv6 || packet->l4_offset == ETH_HLEN + sizeof(struct iphdr);
+	return !has_ipv4_options(packet);
 }
 
 /* Whether what the packet opens is not what the entry remembers: its client asked for a VIP then,

@@ -43,7 +43,7 @@ static __always_inline __u32 dsr_size(const struct packet *packet)
 /* IPv4 options of the client's own would leave no place that is sure. */
 static __always_inline bool dsr_has_room(const struct packet *packet)
 {
-	return packet->ipv6 || packet->l4_offset == ETH_HLEN + sizeof(struct iphdr);
+	return !has_ipv4_options(packet);
 }
 
 /* A client in the cluster may be on the backend's node, which takes what comes from there with an

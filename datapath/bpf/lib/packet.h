@@ -405,6 +405,11 @@ static __always_inline int parse_ip(struct __sk_buff *ctx, struct cursor *cursor
 	return error ? error : parse_l4(ctx, cursor, packet, quoted);
 }
 
+static __always_inline bool has_ipv4_options(const struct packet *packet)
+{
+	return !packet->ipv6 && packet->l4_offset != ETH_HLEN + sizeof(struct iphdr);
+}
+
 static __always_inline void tuple_reverse(const struct tuple *from, struct tuple *to)
 {
 	to->source = from->destination;

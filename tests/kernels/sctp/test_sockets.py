@@ -9,7 +9,6 @@ the blue to its receiver, whose ABORT ends the association; with kube-proxy like
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import threading
 import time
@@ -20,6 +19,7 @@ from dataclasses import replace
 import pytest
 from support.namespaces import NetNs
 from support.sctp import PROTOCOL
+from support.timing import SCALE
 from support.traffic import eventually
 from support.two_nodes import ADDRESS, Net, build, service, sock
 
@@ -30,7 +30,6 @@ PORT, TARGET = 7000, 7100
 MESSAGE, MESSAGES = bytes(range(256)) * 32, 16
 # (level, option) that make a socket tell of ICMP errors at once.
 RECEIVE_ERRORS = {4: (socket.IPPROTO_IP, 11), 6: (socket.IPPROTO_IPV6, 25)}
-SCALE = float(os.environ.get("WEIR_TIME_SCALE", "1"))
 FAMILIES = pytest.mark.parametrize("family", [4, 6], ids=["v4", "v6"])
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 from support.apiserver import Json
 from support.live_api import NAMESPACES, NODES, POOLS, SERVICES, LiveApi
+from support.load_balancers import Nobody
 
 from weir.api.address import text
 from weir.operator import assignments as assignments_module
@@ -19,25 +20,12 @@ from weir.operator import kinds
 from weir.operator.api import Api, ApiError
 from weir.operator.assignments import Assignments
 from weir.operator.kubeconfig import Access
-from weir.operator.objects import Key, Problem
+from weir.operator.objects import Problem
 from weir.operator.reflector import Reflector, Timing
 from weir.operator.surroundings import Surroundings
 from weir.operator.writes import Reference
 
 QUICK = Timing(retry=0.01, retry_most=0.05)
-
-
-class Nobody:
-    """The consumer after the one that is tested."""
-
-    def changed(self, kind: str, key: Key, old: object | None, new: object | None) -> None:
-        pass
-
-    def problems(self, kind: str, key: Key, problems: tuple[Problem, ...]) -> None:
-        pass
-
-    def synced(self, kind: str) -> None:
-        pass
 
 
 @dataclass

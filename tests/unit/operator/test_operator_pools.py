@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from support.load_balancers import pool
+from support.load_balancers import Nobody, pool
 
 from weir.api.address import parse, parse_cidr, text
-from weir.operator.objects import Key, Node, Problem
+from weir.operator.objects import Key, Node
 from weir.operator.pools import (
     Cluster,
     Judged,
@@ -143,19 +143,6 @@ def test_what_a_pool_says_twice_it_has_once() -> None:
     assert (text(address(min(numbers))), text(address(max(numbers)))) == ("192.0.2.0", "192.0.2.20")
     assert len(numbers) == 21
     assert condition(found).status == "True"
-
-
-class Nobody:
-    """The consumer after the one that is tested."""
-
-    def changed(self, kind: str, key: Key, old: object | None, new: object | None) -> None:
-        pass
-
-    def problems(self, kind: str, key: Key, problems: tuple[Problem, ...]) -> None:
-        pass
-
-    def synced(self, kind: str) -> None:
-        pass
 
 
 def test_every_replica_says_the_same_of_a_pool() -> None:
